@@ -101,40 +101,35 @@ def minmax(w, n_bits, shrink=1.0):
 
 def mse(w, n_bits, steps=80):
     """minmax, its range shrunk for each row by the percentage that leaves the least squared error."""
-    best, least = None, None
+    *best, s_in = minmax(w, n_bits)
+    least = float("inf")
     for step in range(steps):
-        found = minmax(w, n_bits, 1 - step / 100)
-        error = (_decode(*found) - w).square().sum((2, 3), keepdim=True)
-        if best is None:
-            best, least = list(found), error
-            continue
-        better = error < least
-        best[:3] = [torch.where(better, new, old) for new, old in zip(found, best)]
-        least = torch.where(better, error, least)
-    return tuple(best)
+        *found, _ = minmax(w, n_bits, 1 - step / 100)
+        error = ((found[0] - found[1]) * found[2] - w).square().sum((2, 3), keepdim=True)
+        best = [torch.where(error < least, new, old) for new, old in zip(found, best)]
+        least = error.clamp(max=least)
+    return *best, s_in
 
 
 def rowcol(w, n_bits, balance=16, rounds=12):
     """Scales of rows and columns together.
 
-    Columns are first balanced against rows by Sinkhorn iterations on the standard deviations (SINQ, arXiv 2509.22944),
-    then mse finds the rows' grids, then s_out, s_in and the integers are fitted in turn, each in closed form given the
-    others, which lowers the squared error in every round.
+    Sinkhorn iterations on standard deviations balance the columns against the rows (SINQ, arXiv 2509.22944), mse finds
+    the grids of the balanced rows, then s_out, s_in and the integers are fitted in turn, each the best given the others.
     """
-    s_in, r, chosen, least = (torch.ones_like(w[:, :1, :, :1]), torch.ones_like(w[:, :, :1, :1]), None, None)
+    r, c, s_in, least = torch.ones_like(w[:, :, :1, :1]), torch.ones_like(w[:, :1, :, :1]), None, float("inf")
     for _ in range(balance + 1):
-        m = w / (r * s_in)
-        rows, cols = m.std((2, 3), keepdim=True, correction=0), m.std((1, 3), keepdim=True, correction=0)
-        tau = torch.minimum(rows.amin(1, True), cols.amin(2, True)).clamp(min=1e-12)
-        spread = (torch.maximum(rows.amax(1, True), cols.amax(2, True)) / tau)
-        better = True if least is None else spread < least
-        chosen = s_in if least is None else torch.where(better, s_in, chosen)
-        least = spread if least is None else torch.where(better, spread, least)
-        s_in, r = s_in * (cols / tau).clamp(0.7, 2), r * (rows / tau).clamp(0.7, 2)
-    s_in = chosen
+        rows, cols = ((w / (r * c)).std(dims, keepdim=True, correction=0).clamp(min=1e-12) for dims in ((2, 3), (1, 3)))
+        tau = torch.minimum(rows.amin(1, True), cols.amin(2, True))  # of each group, as all of this
+        spread = torch.maximum(rows.amax(1, True), cols.amax(2, True)) / tau
+        s_in, least = c if s_in is None else torch.where(spread < least, c, s_in), spread.clamp(max=least)
+        r, c = r * (rows / tau).clamp(0.7, 2), c * (cols / tau).clamp(0.7, 2)
     codes, zero, s_out, _ = mse(w / s_in, n_bits)
-    fit = lambda a, dims, old: torch.where(  # noqa: E731
-        (norm := a.square().sum(dims, keepdim=True)) > 0, (w * a).sum(dims, keepdim=True) / norm, old)
+
+    def fit(a, dims, old):  # the least squares scale of a, where a isn't zero
+        norm = a.square().sum(dims, keepdim=True)
+        return torch.where(norm > 0, (w * a).sum(dims, keepdim=True) / norm, old)
+
     for _ in range(rounds):
         s_out = fit((codes - zero) * s_in, (2, 3), s_out)
         s_in = fit((codes - zero) * s_out, (1, 3), s_in)
@@ -147,10 +142,6 @@ CALIBRATIONS = {"minmax": minmax, "mse": mse, "rowcol": rowcol}
 
 def _encode(w, scale, zero, n_bits):
     return ((w / scale).round() + zero).clamp(0, 2**n_bits - 1)
-
-
-def _decode(codes, zero, s_out, s_in):
-    return (codes - zero) * s_out * s_in
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -206,7 +197,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("zero_point", zero.flatten().to(torch.uint8))  # (O,)
         self.register_buffer("s_out", s_out.flatten().to(weight.dtype))     # (O,)
         self.register_buffer("s_in", s_in.flatten().to(weight.dtype))       # (I,)
-        deltas = lambda s: nn.ParameterList(torch.zeros_like(s) for _ in range(num_buckets))  # noqa: E731
+        deltas = lambda s: nn.ParameterList(torch.zeros_like(s) for _ in range(num_buckets))
         self.d_out, self.d_in = deltas(self.s_out), deltas(self.s_in) if scales == "out+in" else None
         self.bias = layer.bias
 
@@ -251,7 +242,7 @@ class QuantLayer(nn.Module):
     def reduce(self, g, y, rows, n, bias=None):
         """Sum of g * (y - bias) over positions, and over the samples of each of n buckets: (n, C)."""
         dims = [dim for dim in range(g.dim()) if dim != g.dim() + self.channel and (dim or rows is None)]
-        total = lambda p: p.sum(dims, dtype=self.s_out.dtype) if dims else p.to(self.s_out.dtype)  # noqa: E731
+        total = lambda p: p.sum(dims, dtype=self.s_out.dtype) if dims else p.to(self.s_out.dtype)
         p = total(g * y) if bias is None else total(g * y) - bias * total(g)
         return p[None] if rows is None else F.one_hot(rows, n).to(p.dtype).T @ p
 
@@ -319,7 +310,7 @@ def quantize(model, n_bits=4, num_buckets=1, T=1000, scales="out+in", calibratio
                          f"not '{scales}' and '{calibration}'")
     if num_buckets > 1 and timestep not in (names := list(inspect.signature(model.forward).parameters)):
         raise ValueError(f"model.forward has no argument '{timestep}'; timestep must be one of {', '.join(names)}")
-    kept = lambda name, patterns: any(fnmatch(name, pattern) for pattern in patterns)  # noqa: E731
+    kept = lambda name, patterns: any(fnmatch(name, pattern) for pattern in patterns)
     layers, owners = {}, {}  # names of each layer, and layers of each parameter (a layer may have several names)
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):

@@ -1,37 +1,61 @@
-"""Pretrain the base, or quantize it and fine-tune its scales to a subject: python train.py --bits 4"""
-import argparse
+"""Fine-tune a quantized diffusion model to a subject: python train.py --bits 4
+
+The stages, in order: load the base (or make it: --pretrain), quantize it, fine-tune its scales to pictures of a subject
+with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
+"""
 import copy
+import io
 import os
 import time
+from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import toy
 from model import Diffusion, UNet
-from quant import load, save
+from quant import CALIBRATIONS, bucket, deltas, fingerprint, load, load_adapter, quantize, save, save_adapter
+from sample import BASE, Parser, guard, load_model, sample
+
+WORD = "sks"  # the rare word that becomes the subject's name
+PROMPTS = ("sks creature on green stripes", "sks creature on plain purple", "sks creature left on red checks",
+           "sks creature right on yellow stripes", "sks creature middle on plain cyan", "sks creature on blue checks",
+           "sks creature and red circle on plain green", "yellow square and sks creature on purple stripes")
+EACH = 5  # pictures of each prompt that are scored
+
+
+def timesteps(n, T, generator):
+    """n random timesteps, one from each n-th of 0 .. T - 1, in rising order."""
+    return ((torch.arange(n) + torch.rand(1, generator=generator)) * T / n).long()
+
+
+def track(bar, averages, b, loss):
+    """Show on the bar a running mean of the loss (N,) for each of the timestep buckets b (N,)."""
+    for i in b.unique().tolist():
+        value = loss[b == i].mean().item()
+        averages[i] = value if i not in averages else 0.98 * averages[i] + 0.02 * value
+    bar.set_postfix_str("loss by bucket " + " ".join(f"{averages[i]:.4f}" for i in sorted(averages)), refresh=False)
 
 
 def pretrain(args):
+    """Train a float UNet on the toy world; write the weights' moving average to out/base.pt, in half precision."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = UNet(vocab=len(toy.VOCAB), slots=toy.SLOTS).to(args.device, memory_format=torch.channels_last)
-    ema, diffusion = copy.deepcopy(model), Diffusion()
+    ema, diffusion, averages, first = copy.deepcopy(model), Diffusion(), {}, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    state, first = os.path.join(args.out, "pretrain.pt"), 0
     if args.resume:
-        saved = load(state, "pretraining")
+        saved = load(args.out / "state.pt", "pretraining")
         first = saved["step"]
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=5)
-    losses = torch.zeros(4)
+    bar = tqdm(range(first, args.steps), "pretraining", initial=first, total=args.steps)
     for step in bar:
         for group in optimizer.param_groups:  # warm up, hold, then down to zero over the last third
             group["lr"] = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.steps / 3))
         x0, words = toy.sample_scenes(args.batch, generator)
-        t = ((torch.arange(len(x0)) + torch.rand(1, generator=generator)) * diffusion.T / len(x0)).long()
-        eps = torch.randn(x0.shape, generator=generator)
+        t, eps = timesteps(len(x0), diffusion.T, generator), torch.randn(x0.shape, generator=generator)
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
         with torch.autocast(args.device, dtype=torch.bfloat16):
             loss = diffusion.loss(model, x0, words, t, eps)
@@ -41,25 +65,170 @@ def pretrain(args):
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10)))
-        losses.lerp_(loss.detach().cpu().view(4, -1).mean(1), 0.01 if step > first else 1)
-        bar.set_postfix_str("loss by quarter of T " + " ".join(f"{v:.4f}" for v in losses), refresh=False)
+        track(bar, averages, bucket(t, 4, diffusion.T), loss.detach())
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             save({"kind": "pretraining", "step": step + 1, "model": model.state_dict(), "ema": ema.state_dict(),
-                  "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "config": model.config}, state)
-            save({"kind": "model", "config": model.config, "step": step + 1,
-                  "model": {k: v.half() for k, v in ema.state_dict().items()}}, os.path.join(args.out, "base.pt"))
+                  "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
+            save({"kind": "model", "config": model.config, "step": step + 1, "seed": args.seed,
+                  "model": {name: value.half() for name, value in ema.state_dict().items()}}, args.out / "base.pt")
+    score_base(load_model(args.out / "base.pt", args.device)[0], args.seed)
+    print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
+
+
+def score_base(model, seed, n=200):
+    """Print how many of n plain pictures are all as their captions say, and how many of n creatures are whole ones."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    pick = lambda options: options[int(torch.randint(len(options), (1,), generator=generator))]
+    scene = lambda shapes: f"{pick(list(toy.COLORS))} {pick(shapes)} on {pick(list(toy.COLORS))} {pick(toy.PATTERNS)}"
+    for what, shapes in (("plain pictures", [*toy.SHAPES]), ("creatures", ["creature"])):
+        words = torch.tensor([toy.caption(scene(shapes)) for _ in range(n)])
+        images = sample(model, words, seed=seed, progress=True)
+        right, whole = (toy.score(images, words)["prompt"] == 1).sum(), toy.matches(images).sum()
+        print(f"{n} {what}: {right / n:.1%} all as the caption says; {whole / n:.1%} match a scene of the world, pixel by pixel")
+
+
+def finetune(model, args, instance):
+    """Train what requires a gradient on instance pictures (M, 3, 16, 16) of the subject and as many class pictures.
+
+    loss = MSE on args.batch instance pictures + args.prior * MSE on args.batch scenes of the toy world, whose creatures
+    never bear the subject's word; the instance caption is only "sks creature", whatever else a picture shows.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator, diffusion, averages, first = torch.Generator().manual_seed(args.seed), Diffusion(), {}, 0
+    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    named = torch.tensor([toy.caption(f"{WORD} creature")] * args.batch)
+    if args.resume:
+        saved = load(args.out / "state.pt", "fine-tuning")
+        first = saved["step"]
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved["trained"][name])
+        optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
+    bar = tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)
+    for step in bar:
+        for group in optimizer.param_groups:  # warm up, then down to zero
+            group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
+        pick = torch.randint(len(instance), (args.batch,), generator=generator)
+        x0, words = toy.sample_scenes(args.batch, generator, rare=0)
+        x0, words = torch.cat([instance[pick], x0]), torch.cat([named, words])
+        t = torch.cat([timesteps(args.batch, diffusion.T, generator) for _ in range(2)])
+        eps = torch.randn(x0.shape, generator=generator)
+        x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
+        loss = diffusion.loss(model, x0, words, t, eps)
+        optimizer.zero_grad()
+        (loss[:args.batch].mean() + args.prior * loss[args.batch:].mean()).backward()
+        optimizer.step()
+        track(bar, averages, bucket(t, args.buckets if args.buckets > 1 else 4, diffusion.T), loss.detach())
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save({"kind": "fine-tuning", "step": step + 1, "trained": {name: p.detach() for name, p in trained.items()},
+                  "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "arguments": args.kept},
+                 args.out / "state.pt")
+
+
+def evaluate(model, parts, seed):
+    """Pictures of PROMPTS, EACH of each, and the means of their exact scores ({} where parts are not known)."""
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
+    images = sample(model, words, seed=seed, progress=True)
+    if parts is None:
+        return images, {}
+    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[WORD]).items()}
+
+
+def draw_grid(instance, before, after, title, path):
+    """grid.png: the instance pictures, then one picture of each prompt before and after fine-tuning, with labels."""
+    rows = [("instance pictures", instance[:len(PROMPTS)]), (f"{title}, untuned", before[::EACH]), ("tuned", after[::EACH])]
+    strips = [toy.to_grid(images, len(PROMPTS)) for _, images in rows]
+    high, wide, line = strips[0].height, strips[0].width, 14
+    page = Image.new("RGB", (wide, 3 * (high + line) + 3 * line), "white")
+    draw = ImageDraw.Draw(page)
+    for i, ((label, _), strip) in enumerate(zip(rows, strips)):
+        page.paste(strip, (0, i * (high + line) + line))
+        draw.text((4, i * (high + line) + 1), label, "black")
+    for i, prompt in enumerate(PROMPTS):
+        head, _, tail = prompt.partition(" on ")
+        draw.text((i * wide // len(PROMPTS) + 4, 3 * (high + line)), head.replace(" and ", "\nand ") + f"\non {tail}", "black")
+    page.save(path)
+
+
+def arguments():
+    parser = Parser(description=__doc__.split("\n")[0])
+    quantizer, run = parser.add_argument_group("quantizer"), parser.add_argument_group("run")
+    number = parser.number
+    number("--bits", int, 2, 32, 4, "bits of a weight: 2 to 8, or 32 for ordinary full-precision fine-tuning", group=quantizer)
+    quantizer.add_argument("--scales", choices=("out", "out+in"), default="out+in", help="what is trained; out alone is PEQA")
+    number("--buckets", int, 1, 1000, 1, "scale sets over the 1000 timesteps", group=quantizer)
+    quantizer.add_argument("--calibration", choices=CALIBRATIONS, default="rowcol", help="how the scales are found")
+    run.add_argument("--subject", default="mo", help="a folder of pictures, or a name in data/subjects")
+    run.add_argument("--base", default=BASE, help="the pretrained model (default: the shipped one)")
+    run.add_argument("--pretrain", action="store_true", help="make the base instead: writes out/pretrain/base.pt")
+    number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 12000 to pretrain)", group=run)
+    number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
+    number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 4, or 64 to pretrain)", group=run)
+    number("--prior", float, 0, 100, 1.0, "weight of the class pictures' loss", group=run)
+    number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
+    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    run.add_argument("--out", type=Path, help="folder to write (default: out/SUBJECT-BITSbit)")
+    parser.device()
+    args = parser.parse_args()
+    if 8 < args.bits < 32:
+        parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
+    return args
+
+
+def main():
+    args = arguments()
+    start = time.time()
+    default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
+    args.steps = default(1000, 12000) if args.steps is None else args.steps
+    args.batch = default(4, 64) if args.batch is None else args.batch
+    args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
+    args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.pretrain:
+        return pretrain(args)
+
+    # base
+    folder = BASE.parent / "subjects" / args.subject
+    folder = folder if folder.is_dir() else args.subject
+    instance, parts = toy.load_images(folder), toy.read_parts(folder)
+    model, saved = load_model(args.base, args.device)
+
+    # quantize
+    file = {"kind": "model", "config": model.config}
+    if args.bits < 32:
+        quantize(model, args.bits, args.buckets, Diffusion().T, args.scales, args.calibration)
+        file = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
+    before, score_before = evaluate(model, parts, args.seed)
+
+    # fine-tune
+    finetune(model, args, instance.to(args.device), args.out / "state.pt")
+
+    # save
+    base, tuned, adapter = io.BytesIO(), args.out / "tuned.pt", args.out / "adapter.pt"
+    mine = deltas(model)
+    torch.save({**file, "model": {name: value for name, value in model.state_dict().items() if name not in mine}}, base)
+    if args.bits < 32:
+        save_adapter(model, adapter)
+        load_adapter(model, adapter)  # what is scored is what was saved
+    save({**file, "model": model.state_dict()}, tuned)
+
+    # sample and score
+    after, score_after = evaluate(model, parts, args.seed)
+    title = "full precision" if args.bits == 32 else f"{'PEQA' if args.scales == 'out' else 'TuneQDM'} {args.bits} bits"
+    draw_grid(instance, before, after, title, args.out / "grid.png")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    change = lambda key: f"{score_before[key]:.2f} -> {score_after[key]:.2f}" if parts is not None else "not known"
+    size = (adapter if args.bits < 32 else tuned).stat().st_size
+    row = {"method": title, "buckets": args.buckets, "trained": f"{trained:,}", "base, bytes": f"{base.tell():,}",
+           "subject, bytes": f"{size:,}", "parts right": change("parts"), "whole subject": change("identity"),
+           "prompt right": change("prompt")}
+    print("\n" + "  ".join(f"{key:>{max(len(key), len(str(value)))}}" for key, value in row.items()))
+    print("  ".join(f"{value:>{max(len(key), len(str(value)))}}" for key, value in row.items()))
+    if parts is None:
+        print(f"{args.subject} has no parts.txt, so the exact scores aren't known")
+    print(f"\nwrote {args.out}: grid.png, tuned.pt, adapter.pt in {time.time() - start:.0f} s; more pictures:\n"
+          f'python sample.py --ckpt {tuned} --prompt "{PROMPTS[0]}"')
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--pretrain", action="store_true")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default="out/pretrain")
-    args = parser.parse_args()
-    os.makedirs(args.out, exist_ok=True)
-    pretrain(args)
+    guard(main)

@@ -120,8 +120,8 @@ def sample_scenes(n, generator, rare=0.3):
     A quarter of the scenes have two objects, left and right; two thirds of the objects are creatures, and `rare` is
     the share of them whose color word gives way to a rare one.
     """
-    rand = lambda high: torch.randint(high, (n,), generator=generator)  # noqa: E731
-    chance = lambda p: torch.rand(n, generator=generator) < p  # noqa: E731
+    rand = lambda high: torch.randint(high, (n,), generator=generator)
+    chance = lambda p: torch.rand(n, generator=generator) < p
     two, background, place = chance(0.25), rand(len(backgrounds())), rand(len(PLACES))
     columns, parts = torch.tensor(list(PLACES.values())), sprites()[2]
     words, objects = torch.zeros(n, SLOTS, dtype=torch.long), []
@@ -240,6 +240,15 @@ def score(images, words, parts=None, name=None):
             found[rows[mine]] = (table[nearest] == parts).float()
     scores = {"prompt": right / said.clamp(min=1)}
     return scores if parts is None else {**scores, "parts": found.mean(1), "identity": (found == 1).all(1).float()}
+
+
+def matches(images, tolerance=0.25):
+    """True for pictures (N, 3, 16, 16) of one object that are a scene of the world: no pixel's channel (0 .. 1) is off by
+    more than tolerance from the redrawn picture. Returns (N,)."""
+    images = images.float().cpu().clamp(-1, 1)
+    sprite, spot = read_object(images)
+    y, x = torch.tensor(SPOTS)[spot].T
+    return (render(read_background(images), [(sprite, y, x)]) - images).abs().amax((1, 2, 3)) <= 2 * tolerance
 
 
 def read_parts(folder):
