@@ -4,6 +4,7 @@ Read from the top: residual block, attention, the UNet, then the process. N pict
 L caption words; D channels inside the UNet; t counts timesteps from 0 (nearly the picture) to T - 1 (nearly noise).
 """
 import math
+import os
 
 import torch
 import torch.nn as nn
@@ -152,3 +153,30 @@ class Diffusion:
         a, s = self.coefficients(t, x0)
         v = model(self.q_sample(x0, t, eps), t, words).float()
         return (v - (a * eps - s * x0)).square().mean((1, 2, 3))
+
+
+def save(obj, path):
+    """torch.save to a temporary name, flushed to disk, then renamed: path is the old file or the whole new one."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.path.exists(temporary) and os.remove(temporary)
+        raise
+
+
+def load(path, *kinds):
+    """Read a file of save whose "kind" is one of kinds. Raises ValueError where it is missing, damaged or of another kind."""
+    try:
+        obj = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} doesn't exist; give the path of a checkpoint ({' or '.join(kinds)})") from None
+    except Exception:
+        raise ValueError(f"{path} is damaged or not a checkpoint; give one that this project wrote") from None
+    if not isinstance(obj, dict) or obj.get("kind") not in kinds:
+        raise ValueError(f"{path} is not a checkpoint of kind {' or '.join(kinds)}; give one")
+    return obj
