@@ -100,16 +100,16 @@ class UNet(nn.Module):
             return h if attention is None else attention(h, words)
 
         for level in self.down:
-            if isinstance(level, nn.Conv2d):
-                h = level(h)                                        # half the size
-            else:
+            if isinstance(level, nn.ModuleList):
                 skips.append(h := run(level, h))
+            else:
+                h = level(h)                                        # half the size
         h = run(self.middle, h)
         for level in self.up:
-            if isinstance(level, nn.Conv2d):
-                h = level(F.interpolate(h, scale_factor=2))         # twice the size
-            else:
+            if isinstance(level, nn.ModuleList):
                 h = run(level, torch.cat([h, skips.pop()], 1))
+            else:
+                h = level(F.interpolate(h, scale_factor=2))         # twice the size
         return self.out(F.silu(self.norm(h)))                       # (N, C, H, W)
 
 

@@ -335,16 +335,16 @@ def fingerprint(model):
 
 
 def adapter(model):
-    """All that makes a subject, to torch.save: the deltas in half precision, quant_config and the base's fingerprint."""
-    return {"quant_config": model.quant_config, "fingerprint": fingerprint(model),
-            "deltas": {name: delta.detach().half().cpu() for name, delta in deltas(model).items()}}
+    """All that makes a subject, to torch.save: quant_config, the base's fingerprint, all deltas in a row, as halves."""
+    values = torch.cat([delta.detach() for delta in deltas(model).values()]).half().cpu()
+    return {"quant_config": model.quant_config, "fingerprint": fingerprint(model), "deltas": values}
 
 
 def load_adapter(model, adapter):
     """Put the deltas of adapter(another model) into model. Raises ValueError where its quantized base is another."""
-    mine = deltas(model)
-    if adapter["fingerprint"] != fingerprint(model) or adapter["deltas"].keys() != mine.keys():
+    mine = list(deltas(model).values())
+    if (adapter["fingerprint"], adapter["quant_config"]) != (fingerprint(model), model.quant_config):
         raise ValueError("the adapter was made for another base; give the quantized model that it was trained on")
     with torch.no_grad():
-        for name, delta in mine.items():
-            delta.copy_(adapter["deltas"][name])
+        for delta, value in zip(mine, adapter["deltas"].split([delta.numel() for delta in mine])):
+            delta.copy_(value)

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from data import toy
-from model import Diffusion, UNet
-from quant import load, load_adapter, quantize
+from model import Diffusion, UNet, load
+from quant import load_adapter, quantize
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"
 
@@ -64,14 +64,17 @@ def sample(model, words, steps=40, sampler="ddim", cfg_scale=2.0, seed=0, diffus
 
 
 def load_model(path, device="cpu"):
-    """The model of a checkpoint, ready to sample, and the checkpoint: kind "model" (float) or "quantized"."""
+    """The model of a checkpoint, ready to sample. Raises ValueError where there is none."""
     saved = load(path, "model", "quantized")
-    model = UNet(**saved["config"])
-    if saved["kind"] == "quantized":
-        quantize(model, **{**saved["quant_config"], "calibration": "minmax"})  # layers of the right shape, to be filled
-        model.quant_config = saved["quant_config"]
-    model.load_state_dict(saved["model"])
-    return model.to(device, memory_format=torch.channels_last).eval(), saved
+    try:
+        model = UNet(**saved["config"])
+        if saved["kind"] == "quantized":
+            quantize(model, **{**saved["quant_config"], "calibration": "minmax"})  # layers of the right shape, to be filled
+            model.quant_config = saved["quant_config"]
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} doesn't hold a model of this version; make it again") from None
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,7 +93,8 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number from {low} to {high}, "
                                                  f"not '{text}'")
             return value
-        (group or self).add_argument(flag, type=check, default=default, help=help + f" (default: {default})" * (default is not None))
+        help += "" if default is None else f" (default: {default})"
+        (group or self).add_argument(flag, type=check, default=default, help=help)
 
     def device(self):
         self.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cuda" if torch.cuda.is_available() else
@@ -120,9 +124,11 @@ def main():
     parser.device()
     args = parser.parse_args()
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
-    model, _ = load_model(args.ckpt, args.device)
+    model = load_model(args.ckpt, args.device)
     if args.adapter:
-        load_adapter(model, args.adapter)
+        if not hasattr(model, "quant_config"):
+            raise ValueError(f"--adapter needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt")
+        load_adapter(model, load(args.adapter, "adapter"))
     images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     toy.to_grid(images, min(args.n, 8)).save(args.out)

@@ -5,7 +5,6 @@ with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 import copy
 import io
-import os
 import time
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import toy
-from model import Diffusion, UNet
-from quant import CALIBRATIONS, bucket, deltas, fingerprint, load, load_adapter, quantize, save, save_adapter
+from model import Diffusion, UNet, load, save
+from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize
 from sample import BASE, Parser, guard, load_model, sample
 
 WORD = "sks"  # the rare word that becomes the subject's name
@@ -23,6 +22,7 @@ PROMPTS = ("sks creature on green stripes", "sks creature on plain purple", "sks
            "sks creature right on yellow stripes", "sks creature middle on plain cyan", "sks creature on blue checks",
            "sks creature and red circle on plain green", "yellow square and sks creature on purple stripes")
 EACH = 5  # pictures of each prompt that are scored
+SAVE = 200  # steps between two states saved, to --resume from
 
 
 def timesteps(n, T, generator):
@@ -66,12 +66,12 @@ def pretrain(args):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10)))
         track(bar, averages, bucket(t, 4, diffusion.T), loss.detach())
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE == 0 or step + 1 == args.steps:
             save({"kind": "pretraining", "step": step + 1, "model": model.state_dict(), "ema": ema.state_dict(),
                   "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
             save({"kind": "model", "config": model.config, "step": step + 1, "seed": args.seed,
                   "model": {name: value.half() for name, value in ema.state_dict().items()}}, args.out / "base.pt")
-    score_base(load_model(args.out / "base.pt", args.device)[0], args.seed)
+    score_base(load_model(args.out / "base.pt", args.device), args.seed)
     print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
 
 
@@ -87,29 +87,30 @@ def score_base(model, seed, n=200):
         print(f"{n} {what}: {right / n:.1%} all as the caption says; {whole / n:.1%} match a scene of the world, pixel by pixel")
 
 
-def finetune(model, args, instance):
+def finetune(model, args, instance, saved=None):
     """Train what requires a gradient on instance pictures (M, 3, 16, 16) of the subject and as many class pictures.
 
     loss = MSE on args.batch instance pictures + args.prior * MSE on args.batch scenes of the toy world, whose creatures
     never bear the subject's word; the instance caption is only "sks creature", whatever else a picture shows.
+    saved: the state.pt of a stopped run, to go on from.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator, diffusion, averages, first = torch.Generator().manual_seed(args.seed), Diffusion(), {}, 0
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     named = torch.tensor([toy.caption(f"{WORD} creature")] * args.batch)
-    if args.resume:
-        saved = load(args.out / "state.pt", "fine-tuning")
+    if saved is not None:
+        if saved["trained"].keys() != trained.keys() or saved["total"] != args.steps:
+            raise ValueError(f"{args.out / 'state.pt'} is of a run with other arguments; resume with the same, or another --out")
         first = saved["step"]
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(saved["trained"][name])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
-    bar = tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)
-    for step in bar:
+    for step in (bar := tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)):
         for group in optimizer.param_groups:  # warm up, then down to zero
             group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
-        pick = torch.randint(len(instance), (args.batch,), generator=generator)
         x0, words = toy.sample_scenes(args.batch, generator, rare=0)
+        pick = torch.randint(len(instance), (args.batch,), generator=generator)
         x0, words = torch.cat([instance[pick], x0]), torch.cat([named, words])
         t = torch.cat([timesteps(args.batch, diffusion.T, generator) for _ in range(2)])
         eps = torch.randn(x0.shape, generator=generator)
@@ -119,16 +120,15 @@ def finetune(model, args, instance):
         (loss[:args.batch].mean() + args.prior * loss[args.batch:].mean()).backward()
         optimizer.step()
         track(bar, averages, bucket(t, args.buckets if args.buckets > 1 else 4, diffusion.T), loss.detach())
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            save({"kind": "fine-tuning", "step": step + 1, "trained": {name: p.detach() for name, p in trained.items()},
-                  "optimizer": optimizer.state_dict(), "generator": generator.get_state(), "arguments": args.kept},
-                 args.out / "state.pt")
+        if (step + 1) % SAVE == 0 or step + 1 == args.steps:
+            save({"kind": "fine-tuning", "step": step + 1, "total": args.steps, "trained": trained,
+                  "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
 
 
-def evaluate(model, parts, seed):
+def evaluate(model, parts, args):
     """Pictures of PROMPTS, EACH of each, and the means of their exact scores ({} where parts are not known)."""
     words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
-    images = sample(model, words, seed=seed, progress=True)
+    images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
     return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[WORD]).items()}
@@ -165,6 +165,7 @@ def arguments():
     number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
     number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 4, or 64 to pretrain)", group=run)
     number("--prior", float, 0, 100, 1.0, "weight of the class pictures' loss", group=run)
+    number("--sample-steps", int, 1, 1000, 40, "timesteps visited to draw the pictures that are scored", group=run)
     number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument("--out", type=Path, help="folder to write (default: out/SUBJECT-BITSbit)")
@@ -183,50 +184,53 @@ def main():
     args.batch = default(4, 64) if args.batch is None else args.batch
     args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
     args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.pretrain:
+        args.out.mkdir(parents=True, exist_ok=True)
         return pretrain(args)
 
     # base
     folder = BASE.parent / "subjects" / args.subject
     folder = folder if folder.is_dir() else args.subject
     instance, parts = toy.load_images(folder), toy.read_parts(folder)
-    model, saved = load_model(args.base, args.device)
+    state = load(args.out / "state.pt", "fine-tuning") if args.resume else None
+    model = load_model(args.base, args.device)
+
+    args.out.mkdir(parents=True, exist_ok=True)
 
     # quantize
     file = {"kind": "model", "config": model.config}
     if args.bits < 32:
         quantize(model, args.bits, args.buckets, Diffusion().T, args.scales, args.calibration)
         file = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
-    before, score_before = evaluate(model, parts, args.seed)
+    before, score_before = evaluate(model, parts, args)
 
     # fine-tune
-    finetune(model, args, instance.to(args.device), args.out / "state.pt")
+    finetune(model, args, instance, state)
 
     # save
-    base, tuned, adapter = io.BytesIO(), args.out / "tuned.pt", args.out / "adapter.pt"
+    base, tuned, subject = io.BytesIO(), args.out / "tuned.pt", args.out / "adapter.pt"
     mine = deltas(model)
     torch.save({**file, "model": {name: value for name, value in model.state_dict().items() if name not in mine}}, base)
     if args.bits < 32:
-        save_adapter(model, adapter)
-        load_adapter(model, adapter)  # what is scored is what was saved
+        save({"kind": "adapter", **adapter(model)}, subject)
+        load_adapter(model, load(subject, "adapter"))  # what is scored is what was saved
     save({**file, "model": model.state_dict()}, tuned)
 
     # sample and score
-    after, score_after = evaluate(model, parts, args.seed)
-    title = "full precision" if args.bits == 32 else f"{'PEQA' if args.scales == 'out' else 'TuneQDM'} {args.bits} bits"
+    after, score_after = evaluate(model, parts, args)
+    title = "full precision" if args.bits == 32 else f"{'PEQA' if args.scales == 'out' else 'TuneQDM'}, {args.bits} bits"
     draw_grid(instance, before, after, title, args.out / "grid.png")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    change = lambda key: f"{score_before[key]:.2f} -> {score_after[key]:.2f}" if parts is not None else "not known"
-    size = (adapter if args.bits < 32 else tuned).stat().st_size
-    row = {"method": title, "buckets": args.buckets, "trained": f"{trained:,}", "base, bytes": f"{base.tell():,}",
-           "subject, bytes": f"{size:,}", "parts right": change("parts"), "whole subject": change("identity"),
-           "prompt right": change("prompt")}
-    print("\n" + "  ".join(f"{key:>{max(len(key), len(str(value)))}}" for key, value in row.items()))
-    print("  ".join(f"{value:>{max(len(key), len(str(value)))}}" for key, value in row.items()))
+    size = (subject if args.bits < 32 else tuned).stat().st_size
+    row = {"method": title, "buckets": args.buckets, "base bytes": f"{base.tell():,}", "subject bytes": f"{size:,}",
+           "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"}
+    for key, label in (("parts", "parts right"), ("identity", "whole subject"), ("prompt", "prompt right")):
+        row[label] = f"{score_before[key]:.2f} -> {score_after[key]:.2f}" if parts is not None else "not known"
+    widths = [max(len(label), len(str(value))) for label, value in row.items()]
+    for line in (row.keys(), row.values()):
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)))
     if parts is None:
-        print(f"{args.subject} has no parts.txt, so the exact scores aren't known")
-    print(f"\nwrote {args.out}: grid.png, tuned.pt, adapter.pt in {time.time() - start:.0f} s; more pictures:\n"
+        print(f"{folder} has no parts.txt, so the exact scores aren't known")
+    print(f"\nwrote grid.png, tuned.pt and adapter.pt to {args.out} in {time.time() - start:.0f} s; more pictures:\n"
           f'python sample.py --ckpt {tuned} --prompt "{PROMPTS[0]}"')
 
 

@@ -1,0 +1,159 @@
+"""The scripts as a user runs them: end to end, resumed, and fed nonsense."""
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from data import toy
+from model import UNet, load, save
+from quant import deltas, quantize
+from sample import BASE, guard, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script, *args):
+    """Run a script in this process; returns its exit code (0 if it returned)."""
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
+    try:
+        guard(script.main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A finished short run, by a new process and from another working directory."""
+    folder = tmp_path_factory.mktemp("a run")
+    command = [sys.executable, ROOT / "train.py", "--bits", "4", "--buckets", "2", "--steps", "3", "--sample-steps", "2",
+               "--device", "cpu", "--out", folder / "mo"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder / "mo", done.stdout
+
+
+def test_end_to_end(tuned):
+    folder, out = tuned
+    assert {file.name for file in folder.iterdir()} == {"adapter.pt", "grid.png", "state.pt", "tuned.pt"}
+    assert "TuneQDM, 4 bits" in out and "->" in out and Image.open(folder / "grid.png").width > 1000
+    assert (folder / "adapter.pt").stat().st_size < 80_000 and (folder / "tuned.pt").stat().st_size < 2e6
+
+
+def test_same_seed_same_bits(tuned, tmp_path):
+    assert run(train, "--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "again") == 0
+    one, two = (torch.load(folder / "adapter.pt", weights_only=True) for folder in (tuned[0], tmp_path / "again"))
+    assert torch.equal(one["deltas"], two["deltas"]) and one["fingerprint"] == two["fingerprint"] and one["deltas"].any()
+
+
+def test_sample_needs_only_the_file(tuned, tmp_path):
+    folder, picture = tuned[0], tmp_path / "deep" / "a.png"
+    assert run(sample, "--ckpt", folder / "tuned.pt", "--prompt", "sks creature on green stripes", "--n", 3, "--steps", 2,
+               "--sampler", "ddpm", "--out", picture) == 0
+    assert Image.open(picture).size == (3 * 18 * 8, 18 * 8)
+    again = tmp_path / "b.png"
+    assert run(sample, "--ckpt", folder / "tuned.pt", "--adapter", folder / "adapter.pt", "--prompt",
+               "sks creature on green stripes", "--n", 3, "--steps", 2, "--sampler", "ddpm", "--out", again) == 0
+    assert picture.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("args", [("--bits", 32), ("--bits", 2, "--scales", "out", "--calibration", "minmax")])
+def test_yardsticks(args, tmp_path, capsys):
+    assert run(train, *args, "--steps", 1, "--sample-steps", 1, "--out", tmp_path) == 0
+    assert ("full precision" if 32 in args else "PEQA, 2 bits") in capsys.readouterr().out
+    load_model(tmp_path / "tuned.pt")
+
+
+def test_a_folder_of_ones_own(tmp_path, capsys):
+    Image.new("RGBA", (40, 30), (9, 200, 0, 128)).save(tmp_path / "me.png")
+    assert run(train, "--subject", tmp_path, "--steps", 1, "--sample-steps", 1, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "exact scores aren't known" in out and "->" not in out
+
+
+def arguments(out, **kwargs):
+    return Namespace(**{**dict(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu", resume=False, out=out), **kwargs})
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE", 2)
+    instance = toy.load_images(BASE.parent / "subjects" / "mo")
+    make = lambda: quantize(UNet(channels=(8, 32), attention=(1,), c_emb=16, c_words=8), 4, 2, calibration="minmax")
+    whole, parts, steps, track = [], [], [], train.track
+
+    def stopping(*args):
+        steps.append(0)
+        if len(steps) > stop:
+            raise Stop
+
+    for models, out in ((whole, tmp_path / "a"), (parts, tmp_path / "b")):
+        out.mkdir()
+        torch.manual_seed(0)
+        models.append(make())
+        if models is parts:
+            monkeypatch.setattr(train, "track", stopping)
+            with pytest.raises(Stop):
+                train.finetune(models[0], arguments(out), instance)
+            monkeypatch.setattr(train, "track", track)
+            torch.manual_seed(0)
+            models[0] = make()
+        state = load(out / "state.pt", "fine-tuning") if models is parts else None
+        train.finetune(models[0], arguments(out), instance, state)
+    one, two = deltas(whole[0]), deltas(parts[0])
+    assert all(torch.equal(one[name], two[name]) and one[name].any() for name in one)
+
+
+def test_pretraining_runs_resumes_and_is_a_base(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "score_base", lambda *a: None)  # draws 400 pictures
+    args = ("--pretrain", "--batch", 4, "--device", "cpu")
+    monkeypatch.setattr(train, "SAVE", 2)
+    assert run(train, *args, "--steps", 4, "--out", tmp_path / "a") == 0
+    assert run(train, *args, "--steps", 4, "--out", tmp_path / "a", "--resume") == 0  # nothing is left to do
+    assert run(train, *args, "--steps", 4, "--out", tmp_path / "b") == 0
+    one, two = (torch.load(tmp_path / x / "base.pt", weights_only=True)["model"] for x in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one) and (tmp_path / "a" / "base.pt").stat().st_size < 6e6
+    assert run(train, "--base", tmp_path / "a" / "base.pt", "--steps", 1, "--sample-steps", 1, "--out", tmp_path / "c") == 0
+
+
+@pytest.mark.parametrize("script, args, match", [
+    (train, ["--bits", 1], "from 2 to 32"), (train, ["--bits", 9], "2 to 8, or 32"), (train, ["--bits", "four"], "whole number"),
+    (train, ["--scales", "in"], "--scales"), (train, ["--buckets", 0], "--buckets"), (train, ["--buckets", 1001], "--buckets"),
+    (train, ["--calibration", "best"], "rowcol"), (train, ["--steps", -1], "--steps"), (train, ["--lr", "nan"], "--lr"),
+    (train, ["--lr", "inf"], "--lr"), (train, ["--prior", -1], "--prior"), (train, ["--seed", 0.5], "--seed"),
+    (train, ["--subject", "nobody"], "nobody"), (train, ["--subject", "EMPTY"], "PNG or JPEG"),
+    (train, ["--subject", "BAD"], "x.png"),
+    (train, ["--base", "missing.pt"], "exist"), (train, ["--base", "TEXT"], "damaged"), (train, ["--base", "CUT"], "damaged"),
+    (train, ["--base", "ADAPTER"], "kind"), (train, ["--base", "OLD"], "this version"), (train, ["--resume"], "state.pt"),
+    (train, ["--sample-steps", 0], "--sample-steps"), (train, ["--colour"], "unrecognized"),
+    (sample, ["--prompt", "a red dog"], "unknown word 'dog'"), (sample, ["--prompt", "red red circle"], "no place"),
+    (sample, ["--ckpt", "missing.pt"], "exist"), (sample, ["--ckpt", "CUT"], "damaged"), (sample, ["--ckpt", "ADAPTER"], "kind"),
+    (sample, ["--adapter", "ADAPTER"], "float"), (sample, ["--n", 0], "--n"), (sample, ["--steps", 1001], "--steps"),
+    (sample, ["--cfg-scale", "nan"], "--cfg-scale"), (sample, ["--sampler", "euler"], "ddpm"),
+    (sample, ["--ckpt", "."], "checkpoint"),
+])
+def test_nonsense_gets_one_sentence_and_exit_code_2(script, args, match, tmp_path, capsys):
+    (tmp_path / "EMPTY").mkdir(), (tmp_path / "BAD").mkdir()
+    (tmp_path / "BAD" / "x.png").write_text("no picture"), (tmp_path / "TEXT").write_text("no checkpoint")
+    (tmp_path / "CUT").write_bytes(BASE.read_bytes()[:100_000])
+    save({"kind": "adapter"}, tmp_path / "ADAPTER"), save({"kind": "model", "config": {"width": 3}}, tmp_path / "OLD")
+    args = [tmp_path / arg if str(arg).isupper() and str(arg).isalpha() else arg for arg in args]
+    before = sorted(tmp_path.iterdir())
+    out = ["--out", tmp_path / "out"] if script is train else ["--out", tmp_path / "out.png"]
+    assert run(script, *args, *out) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and match in error and "Traceback" not in error
+    assert not [p for p in tmp_path.iterdir() if p not in before and p.is_file()]
