@@ -150,7 +150,8 @@ def draw_grid(instance, before, after, title, path):
     page.save(path)
 
 
-def arguments():
+def arguments(argv=None):
+    """The flags, their defaults filled in."""
     parser = Parser(description=__doc__.split("\n")[0])
     quantizer, run = parser.add_argument_group("quantizer"), parser.add_argument_group("run")
     number = parser.number
@@ -170,20 +171,20 @@ def arguments():
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument("--out", type=Path, help="folder to write (default: out/SUBJECT-BITSbit)")
     parser.device()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if 8 < args.bits < 32:
         parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
+    default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
+    args.steps = default(1000, 9000) if args.steps is None else args.steps
+    args.batch = default(4, 64) if args.batch is None else args.batch
+    args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
+    args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
     return args
 
 
 def main():
     args = arguments()
     start = time.time()
-    default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
-    args.steps = default(1000, 12000) if args.steps is None else args.steps
-    args.batch = default(4, 64) if args.batch is None else args.batch
-    args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
-    args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
     if args.pretrain:
         args.out.mkdir(parents=True, exist_ok=True)
         return pretrain(args)

@@ -12,7 +12,7 @@ from PIL import Image
 import sample
 import train
 from data import toy
-from model import UNet, load, save
+from model import load, save
 from quant import deltas, quantize
 from sample import BASE, guard, load_model
 
@@ -80,10 +80,6 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
     assert "exact scores aren't known" in out and "->" not in out
 
 
-def arguments(out, **kwargs):
-    return Namespace(**{**dict(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu", resume=False, out=out), **kwargs})
-
-
 class Stop(Exception):
     pass
 
@@ -91,8 +87,9 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE", 2)
+    args = Namespace(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu")
     instance = toy.load_images(BASE.parent / "subjects" / "mo")
-    make = lambda: quantize(UNet(channels=(8, 32), attention=(1,), c_emb=16, c_words=8), 4, 2, calibration="minmax")
+    make = lambda: quantize(load_model(BASE), 4, 2, calibration="minmax")
     whole, parts, steps, track = [], [], [], train.track
 
     def stopping(*args):
@@ -100,19 +97,17 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
         if len(steps) > stop:
             raise Stop
 
-    for models, out in ((whole, tmp_path / "a"), (parts, tmp_path / "b")):
-        out.mkdir()
-        torch.manual_seed(0)
+    for models, args.out in ((whole, tmp_path / "a"), (parts, tmp_path / "b")):
+        args.out.mkdir()
         models.append(make())
         if models is parts:
             monkeypatch.setattr(train, "track", stopping)
             with pytest.raises(Stop):
-                train.finetune(models[0], arguments(out), instance)
+                train.finetune(models[0], args, instance)
             monkeypatch.setattr(train, "track", track)
-            torch.manual_seed(0)
             models[0] = make()
-        state = load(out / "state.pt", "fine-tuning") if models is parts else None
-        train.finetune(models[0], arguments(out), instance, state)
+        state = load(args.out / "state.pt", "fine-tuning") if models is parts else None
+        train.finetune(models[0], args, instance, state)
     one, two = deltas(whole[0]), deltas(parts[0])
     assert all(torch.equal(one[name], two[name]) and one[name].any() for name in one)
 
