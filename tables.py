@@ -16,7 +16,8 @@ from quant import CALIBRATIONS, deltas, quantize
 from sample import BASE, guard, load_model
 
 LOG = Path("out/tables.jsonl")
-METHODS = {"untuned, 4 bits": ["--steps", "0"], "full precision": ["--bits", "32"], "PEQA, 4 bits": ["--bits", "4", "--scales", "out"],
+METHODS = {"untuned, 4 bits": ["--steps", "0"], "full precision": ["--bits", "32"],
+           "PEQA, 4 bits": ["--bits", "4", "--scales", "out"],
            **{f"TuneQDM, {bits} bits": ["--bits", str(bits)] for bits in (8, 4, 3, 2)}}
 
 
@@ -55,7 +56,7 @@ def subjects(args):
                 if run.bits < 32:
                     quantize(model, run.bits, run.buckets, Diffusion().T, run.scales, run.calibration)
                 run.out.mkdir(parents=True, exist_ok=True)
-                train.finetune(model, run, toy.load_images(folder))
+                train.finetune(model, run, *toy.load_subject(folder))
                 scores = train.evaluate(model, toy.read_parts(folder), run)[1]
                 trained = sum(delta.numel() for delta in deltas(model).values()) or sum(p.numel() for p in model.parameters())
                 done.append({**key, "trained": trained, **scores})

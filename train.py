@@ -18,9 +18,9 @@ from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize
 from sample import BASE, Parser, guard, load_model, sample
 
 WORD = "sks"  # the rare word that becomes the subject's name
-PROMPTS = ("sks creature on green stripes", "sks creature on plain purple", "sks creature left on red checks",
-           "sks creature right on yellow stripes", "sks creature middle on plain cyan", "sks creature on blue checks",
-           "sks creature and red circle on plain green", "yellow square and sks creature on purple stripes")
+PROMPTS = ("sks creature on blue stripes", "sks creature on plain purple", "sks creature left on blue checks",  # none is
+           "sks creature right on yellow stripes", "sks creature middle on plain cyan", "sks creature on plain pink",  # a shipped
+           "sks creature and red circle on plain green", "sks creature and yellow square on blue stripes")  # subject's own
 EACH = 5  # pictures of each prompt that are scored
 SAVE = 200  # steps between two states saved, to --resume from
 
@@ -87,17 +87,17 @@ def score_base(model, seed, n=200):
         print(f"{n} {what}: {right / n:.1%} all as the caption says; {whole / n:.1%} match a scene of the world, pixel by pixel")
 
 
-def finetune(model, args, instance, saved=None):
-    """Train what requires a gradient on instance pictures (M, 3, 16, 16) of the subject and as many class pictures.
+def finetune(model, args, instance, captions, saved=None):
+    """Train what requires a gradient on instance pictures (M, 3, 16, 16) of the subject, with their captions (M, SLOTS).
 
     loss = MSE on args.batch instance pictures + args.prior * MSE on args.batch scenes of the toy world, whose creatures
-    never bear the subject's word; the instance caption is only "sks creature", whatever else a picture shows.
+    never bear the subject's word. Words that describe the scene are left out as often as in pretraining.
     saved: the state.pt of a stopped run, to go on from.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator, diffusion, averages, first = torch.Generator().manual_seed(args.seed), Diffusion(), {}, 0
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    named = torch.tensor([toy.caption(f"{WORD} creature")] * args.batch)
+    drop = toy.DROP * (torch.arange(toy.SLOTS) > 1)  # never the subject's name
     if saved is not None:
         if saved["trained"].keys() != trained.keys() or saved["total"] != args.steps:
             raise ValueError(f"{args.out / 'state.pt'} is of a run with other arguments; resume with the same, or another --out")
@@ -111,6 +111,7 @@ def finetune(model, args, instance, saved=None):
             group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
         x0, words = toy.sample_scenes(args.batch, generator, rare=0)
         pick = torch.randint(len(instance), (args.batch,), generator=generator)
+        named = captions[pick].masked_fill(torch.rand(args.batch, toy.SLOTS, generator=generator) < drop, 0)
         x0, words = torch.cat([instance[pick], x0]), torch.cat([named, words])
         t = torch.cat([timesteps(args.batch, diffusion.T, generator) for _ in range(2)])
         eps = torch.randn(x0.shape, generator=generator)
@@ -192,7 +193,7 @@ def main():
     # base
     folder = BASE.parent / "subjects" / args.subject
     folder = folder if folder.is_dir() else args.subject
-    instance, parts = toy.load_images(folder), toy.read_parts(folder)
+    (instance, captions), parts = toy.load_subject(folder, WORD), toy.read_parts(folder)
     state = load(args.out / "state.pt", "fine-tuning") if args.resume else None
     model = load_model(args.base, args.device)
 
@@ -206,7 +207,7 @@ def main():
     before, score_before = evaluate(model, parts, args)
 
     # fine-tune
-    finetune(model, args, instance, state)
+    finetune(model, args, instance, captions, state)
 
     # save
     base, tuned, subject = io.BytesIO(), args.out / "tuned.pt", args.out / "adapter.pt"

@@ -266,16 +266,19 @@ def read_parts(folder):
     return torch.tensor([OPTIONS[key].index(lines[key]) for key in KEYS])
 
 
-def load_images(folder):
-    """All PNG and JPEG files of a folder, by name: (N, 3, 16, 16) in [-1, 1]; alpha is flattened onto black.
+def load_subject(folder, name="sks"):
+    """All PNG and JPEG files of a folder: images (N, 3, 16, 16) in [-1, 1], alpha flattened onto black, and captions
+    (N, SLOTS). A picture's caption is "NAME creature", and what a text file of its name adds, such as "on green stripes".
 
-    Raises ValueError where there is no such folder, no image in it, or one that can't be read.
+    Raises ValueError where there is no such folder, no image in it, one that can't be read, or a caption that can't be.
     """
     files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise ValueError(f"{folder} is not a folder with PNG or JPEG files; give one with 3 to 5 pictures of the subject")
-    images = []
+    images, captions = [], []
     for file in files:
+        text = file.with_suffix(".txt")
+        captions.append(caption(f"{name} creature {text.read_text() if text.exists() else ''}"))
         try:
             image = Image.open(file).convert("RGBA")
         except Exception as error:
@@ -284,7 +287,7 @@ def load_images(folder):
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(images)
+    return torch.stack(images), torch.tensor(captions)
 
 
 def to_grid(images, columns, zoom=8):
@@ -298,7 +301,7 @@ def to_grid(images, columns, zoom=8):
 
 
 def write_subjects(folder, seed=7):
-    """Draw the eight subjects into folder/NAME: five PNG files on two backgrounds, and parts.txt."""
+    """Draw the eight subjects into folder/NAME: five PNG files on two backgrounds, with captions, and parts.txt."""
     generator, table = torch.Generator().manual_seed(seed), sprites()[2]
     for name in TUNING + TABLE:
         sprite = int(torch.randint(PLAIN, len(table), (1,), generator=generator))
@@ -310,6 +313,9 @@ def write_subjects(folder, seed=7):
         for i, image in enumerate(images):
             to_png = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(to_png).save(target / f"{i}.png")
+            place = next(place for place, columns in PLACES.items() if spots[i, 1] in columns)
+            color, pattern = divmod((a, a, a, b, b)[i], len(PATTERNS))
+            (target / f"{i}.txt").write_text(f"{place} on {list(COLORS)[color]} {PATTERNS[pattern]}\n")
         lines = [f"{key} {OPTIONS[key][i]}\n" for key, i in zip(KEYS, table[sprite].tolist())]
         (target / "parts.txt").write_text("".join(lines))
 

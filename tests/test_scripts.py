@@ -88,7 +88,7 @@ class Stop(Exception):
 def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE", 2)
     args = Namespace(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu")
-    instance = toy.load_images(BASE.parent / "subjects" / "mo")
+    subject = toy.load_subject(BASE.parent / "subjects" / "mo")
     make = lambda: quantize(load_model(BASE), 4, 2, calibration="minmax")
     whole, parts, steps, track = [], [], [], train.track
 
@@ -103,11 +103,11 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
         if models is parts:
             monkeypatch.setattr(train, "track", stopping)
             with pytest.raises(Stop):
-                train.finetune(models[0], args, instance)
+                train.finetune(models[0], args, *subject)
             monkeypatch.setattr(train, "track", track)
             models[0] = make()
         state = load(args.out / "state.pt", "fine-tuning") if models is parts else None
-        train.finetune(models[0], args, instance, state)
+        train.finetune(models[0], args, *subject, state)
     one, two = deltas(whole[0]), deltas(parts[0])
     assert all(torch.equal(one[name], two[name]) and one[name].any() for name in one)
 

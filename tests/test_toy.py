@@ -107,7 +107,7 @@ def test_subjects_are_drawn_bit_for_bit(tmp_path):
     toy.write_subjects(tmp_path)
     shipped = toy.Path(toy.__file__).parent / "subjects"
     files = sorted(file.relative_to(shipped) for file in shipped.rglob("*.*"))
-    assert len(files) == 8 * 6 and files == sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.*"))
+    assert len(files) == 8 * 11 and files == sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.*"))
     for file in files:
         if file.suffix == ".png":
             assert (toy.np.array(Image.open(shipped / file)) == toy.np.array(Image.open(tmp_path / file))).all()
@@ -118,16 +118,18 @@ def test_subjects_are_drawn_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("name", toy.TUNING + toy.TABLE)
 def test_each_subject_is_the_creature_that_its_parts_file_names(name):
     folder = toy.Path(toy.__file__).parent / "subjects" / name
-    images, parts = toy.load_images(folder), toy.read_parts(folder)
-    words = torch.tensor([toy.caption("sks creature")]).expand(5, -1)
+    (images, words), parts = toy.load_subject(folder), toy.read_parts(folder)
     assert toy.score(images, words, parts, toy.WORD["sks"])["identity"].all() and toy.matches(images).all()
+    assert (words[:, 4:] > 0).all() and (toy.score(images, words)["prompt"] == 1).all()
     assert len(toy.read_background(images).unique()) == 2
 
 
 def test_any_picture_is_resized_and_flattened(tmp_path):
     Image.new("RGBA", (64, 48), (255, 0, 0, 0)).save(tmp_path / "a.png")
     Image.new("L", (16, 16), 255).save(tmp_path / "b.JPG")
-    images = toy.load_images(tmp_path)
+    (tmp_path / "b.txt").write_text("on green stripes")
+    images, words = toy.load_subject(tmp_path)
+    assert words.tolist() == [toy.caption("sks creature"), toy.caption("sks creature on green stripes")]
     assert images.shape == (2, 3, 16, 16) and (images[0] == -1).all() and (images[1] > 0.99).all()
     assert toy.read_parts(tmp_path) is None
 
@@ -135,10 +137,10 @@ def test_any_picture_is_resized_and_flattened(tmp_path):
 def test_bad_folders(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="PNG or JPEG"):
-            toy.load_images(folder)
+            toy.load_subject(folder)
     (tmp_path / "a.png").write_text("not a picture")
     with pytest.raises(ValueError, match="a.png"):
-        toy.load_images(tmp_path)
+        toy.load_subject(tmp_path)
     (tmp_path / "parts.txt").write_text("body box\n")
     with pytest.raises(ValueError, match="ears"):
         toy.read_parts(tmp_path)
