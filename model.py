@@ -135,8 +135,8 @@ class Diffusion:
 
     def coefficients(self, t, x):
         """sqrt(abar_t) and sqrt(1 - abar_t) for timesteps t (N,), shaped to multiply x (N, ...)."""
-        abar = self.alphas_cumprod.to(t.device)[t].view(-1, *(1,) * (x.dim() - 1))
-        return abar.sqrt().to(x.dtype), (1 - abar).sqrt().to(x.dtype)
+        abar = self.alphas_cumprod[t.cpu()].view(-1, *(1,) * (x.dim() - 1))
+        return abar.sqrt().to(x), (1 - abar).sqrt().to(x)
 
     def q_sample(self, x0, t, eps):
         """The noisy picture x_t (DDPM, eq. 4). x0, eps: (N, C, H, W); t: (N,) timesteps."""

@@ -153,7 +153,7 @@ class QuantLayer(nn.Module):
         self.groups, self.bias = getattr(layer, "groups", 1), layer.bias
         w = weight.reshape(self.groups, len(weight) // self.groups, weight.shape[1], -1)
         codes, zero, s_out, s_in = calibrate(w.float() if w.dtype.itemsize < 4 else w, n_bits)
-        self.register_buffer("codes", pack(codes.to(torch.uint8), n_bits))  # (numel * n_bits / 8,) bytes
+        self.register_buffer("codes", pack(codes.mT.to(torch.uint8), n_bits))  # of (G, O, K, I): channels last is fastest
         self.register_buffer("zero_point", zero.flatten().to(torch.uint8))  # (O,)
         self.register_buffer("s_out", s_out.flatten().to(weight.dtype))     # (O,)
         self.register_buffer("s_in", s_in.flatten().to(weight.dtype))       # (I,)
@@ -163,10 +163,10 @@ class QuantLayer(nn.Module):
     def weight(self, d_out=0, d_in=None, dtype=None):
         """The float weight, of the layer's shape, for deltas that broadcast to (O,) and (I,); by default the base's."""
         s_out, s_in = self.s_out * (1 + d_out), self.s_in if d_in is None else self.s_in * (1 + d_in)
-        g, o, i = self.groups, self.shape[0] // self.groups, self.shape[1]
-        w = unpack(self.codes, self.n_bits, (g, o, i, self.shape[2:].numel())).to(s_out.dtype)
-        w = w.sub_(self.zero_point.view(g, o, 1, 1)).mul_(s_out.view(g, o, 1, 1) * s_in.view(g, 1, i, 1))
-        return w.view(self.shape).to(dtype)
+        g, o, i, *kernel = self.groups, self.shape[0] // self.groups, *self.shape[1:]
+        w = unpack(self.codes, self.n_bits, (g, o, self.shape[2:].numel(), i)).to(s_out.dtype)
+        w = w.sub_(self.zero_point.view(g, o, 1, 1)).mul_(s_out.view(g, o, 1, 1) * s_in.view(g, 1, 1, i))
+        return w.view(g * o, *kernel, i).movedim(-1, 1).to(dtype)
 
     def forward(self, x):
         if self.num_buckets > 1 and self.buckets is None:

@@ -36,7 +36,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
 @torch.no_grad()
-def sample(model, words, steps=40, sampler="ddim", cfg_scale=2.0, seed=0, diffusion=None, progress=False, chunk=64):
+def sample(model, words, steps=40, sampler="ddim", cfg_scale=3.0, seed=0, diffusion=None, progress=False, chunk=64):
     """Draw a picture for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
     steps: timesteps visited, out of T. cfg_scale: 1 is the plain model; above, its prediction is pushed away from that
@@ -97,8 +97,8 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(flag, type=check, default=default, help=help)
 
     def device(self):
-        self.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu", help="default: the fastest there is")
+        found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+        self.add_argument("--device", choices=found, default=found[0], help=f"of those on this machine (default: {found[0]})")
 
 
 def guard(main):
@@ -118,7 +118,7 @@ def main():
     parser.number("--n", int, 1, 1000, 8, "pictures")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
     parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
-    parser.number("--cfg-scale", float, 0, 100, 2.0, "guidance; 1 is the plain model")
+    parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
     parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")
     parser.add_argument("--out", default="out/sample.png", help="the PNG to write")
     parser.device()

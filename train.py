@@ -50,8 +50,7 @@ def pretrain(args):
         first = saved["step"]
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
-    bar = tqdm(range(first, args.steps), "pretraining", initial=first, total=args.steps)
-    for step in bar:
+    for step in (bar := tqdm(range(first, args.steps), "pretraining", initial=first, total=args.steps)):
         for group in optimizer.param_groups:  # warm up, hold, then down to zero over the last third
             group["lr"] = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.steps / 3))
         x0, words = toy.sample_scenes(args.batch, generator)
@@ -96,7 +95,7 @@ def finetune(model, args, instance, captions, saved=None):
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator, diffusion, averages, first = torch.Generator().manual_seed(args.seed), Diffusion(), {}, 0
-    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     drop = toy.DROP * (torch.arange(toy.SLOTS) > 1)  # never the subject's name
     if saved is not None:
         if saved["trained"].keys() != trained.keys() or saved["total"] != args.steps:
@@ -163,7 +162,7 @@ def arguments(argv=None):
     run.add_argument("--subject", default="mo", help="a folder of pictures, or a name in data/subjects")
     run.add_argument("--base", default=BASE, help="the pretrained model (default: the shipped one)")
     run.add_argument("--pretrain", action="store_true", help="make the base instead: writes out/pretrain/base.pt")
-    number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 12000 to pretrain)", group=run)
+    number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1500, or 9000 to pretrain)", group=run)
     number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
     number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 4, or 64 to pretrain)", group=run)
     number("--prior", float, 0, 100, 1.0, "weight of the class pictures' loss", group=run)
@@ -176,7 +175,7 @@ def arguments(argv=None):
     if 8 < args.bits < 32:
         parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
     default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
-    args.steps = default(1000, 9000) if args.steps is None else args.steps
+    args.steps = default(1500, 9000) if args.steps is None else args.steps
     args.batch = default(4, 64) if args.batch is None else args.batch
     args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
     args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
@@ -196,7 +195,6 @@ def main():
     (instance, captions), parts = toy.load_subject(folder, WORD), toy.read_parts(folder)
     state = load(args.out / "state.pt", "fine-tuning") if args.resume else None
     model = load_model(args.base, args.device)
-
     args.out.mkdir(parents=True, exist_ok=True)
 
     # quantize

@@ -87,7 +87,8 @@ class Plain(nn.Module):
         super().__init__()
         self.layer, self.source, g = layer, source, layer.groups
         o, i, *kernel = layer.shape
-        self.q = unpack(layer.codes, layer.n_bits, layer.shape).double() - layer.zero_point.view(-1, *[1] * (1 + len(kernel)))
+        self.q = unpack(layer.codes, layer.n_bits, (o, *kernel, i)).movedim(-1, 1).double()
+        self.q -= layer.zero_point.view(-1, *[1] * (1 + len(kernel)))
         params = lambda ds: [torch.zeros_like(d).copy_(d.detach()).requires_grad_() for d in ds]
         self.d_out, self.d_in = params(layer.d_out), params(layer.d_in if layer.d_in is not None else [])
         self.rows = torch.arange(o) // (o // g)  # the group of each output channel
