@@ -155,12 +155,12 @@ class Diffusion:
         return (v - (a * eps - s * x0)).square().mean((1, 2, 3))
 
 
-def save(obj, path):
-    """torch.save to a temporary name, flushed to disk, then renamed: path is the old file or the whole new one."""
+def save(obj, path, write=torch.save):
+    """write(obj, file) to a temporary name, flushed to disk, then renamed: path is the old file or the whole new one."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(obj, file)
+            write(obj, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

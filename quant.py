@@ -9,15 +9,15 @@ tap of a convolution's kernel shares them. s_out alone is PEQA; both are the pap
 T timesteps are cut into num_buckets equal intervals, each with scales of its own over the same integers: the paper's
 timestep-aware scale update.
 
-What is trained is relative: s_out = s0_out * (1 + d_out), s_in = s0_in * (1 + d_in), all deltas zero at the start. One
-learning rate then means the same in every layer, and an adapter of zeros is the base model. With y = W x + bias,
-g = dL/dy and gx = W^T g, a layer keeps x, y and its integers for backward, and W lives for one matmul at a time:
+What is trained is relative: s_out = s0_out * exp(d_out), s_in = s0_in * exp(d_in), all deltas zero at the start. One
+learning rate then means the same in every layer, an adapter of zeros is the base model, and no scale gets to zero. With
+y = W x + bias, g = dL/dy and gx = W^T g, a layer keeps x, y and its integers, and W lives for one matmul at a time:
 
-    dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o]) / (1 + d_out[o])
-    dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i] / (1 + d_in[i])
+    dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o])
+    dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
 A batch may mix timesteps. Where all its samples share a bucket, W has that bucket's scales; else W has the base scales,
-and each sample's own 1 + d_in and 1 + d_out multiply its activations before and after the matmul. A bucket without a
+and each sample's own exp(d_in) and exp(d_out) multiply its activations before and after the matmul. A bucket without a
 sample gets no gradient (None, not zero), so that no optimizer moves it.
 
 Against the paper: deltas, not raw scales, and s_in starts from calibration, not from noise. Against the authors' code:
@@ -139,8 +139,8 @@ class ScaledMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0] or d_in is not None:
             w = layer.weight(*(d_out, d_in) if rows is None else (), dtype=x.dtype)
             gx = layer.scale(layer.input_grad(layer.scale(g, d_out, rows), x, w), d_in, rows)
-        g_in = None if d_in is None else layer.reduce(gx, x, rows, len(d_in)) / (1 + d_in)
-        return gx, layer.reduce(g, y, rows, len(d_out), layer.bias) / (1 + d_out), g_in, None, None
+        g_in = None if d_in is None else layer.reduce(gx, x, rows, len(d_in))
+        return gx, layer.reduce(g, y, rows, len(d_out), layer.bias), g_in, None, None
 
 
 class QuantLayer(nn.Module):
@@ -160,9 +160,9 @@ class QuantLayer(nn.Module):
         deltas = lambda s: nn.ParameterList(torch.zeros_like(s) for _ in range(num_buckets))
         self.d_out, self.d_in = deltas(self.s_out), deltas(self.s_in) if scales == "out+in" else None
 
-    def weight(self, d_out=0, d_in=None, dtype=None):
+    def weight(self, d_out=None, d_in=None, dtype=None):
         """The float weight, of the layer's shape, for deltas that broadcast to (O,) and (I,); by default the base's."""
-        s_out, s_in = self.s_out * (1 + d_out), self.s_in if d_in is None else self.s_in * (1 + d_in)
+        s_out, s_in = (s if d is None else s * d.exp() for s, d in ((self.s_out, d_out), (self.s_in, d_in)))
         g, o, i, *kernel = self.groups, self.shape[0] // self.groups, *self.shape[1:]
         w = unpack(self.codes, self.n_bits, (g, o, self.shape[2:].numel(), i)).to(s_out.dtype)
         w = w.sub_(self.zero_point.view(g, o, 1, 1)).mul_(s_out.view(g, o, 1, 1) * s_in.view(g, 1, 1, i))
@@ -185,8 +185,8 @@ class QuantLayer(nn.Module):
         return v.view(*v.shape[:-1], *(1,) * (x.dim() - v.dim() - after), -1, *(1,) * after)
 
     def scale(self, x, d, rows):
-        """x (N, ...) times 1 + d of each sample's bucket, rows (N,); d (n, C). x itself where either is None."""
-        return x if d is None or rows is None else x * self.along((1 + d)[rows].to(x.dtype), x)
+        """x (N, ...) times exp(d) of each sample's bucket, rows (N,); d (n, C). x itself where either is None."""
+        return x if d is None or rows is None else x * self.along(d.exp()[rows].to(x.dtype), x)
 
     def reduce(self, g, y, rows, n, bias=None):
         """The sum of g * (y - bias) over positions, and over the samples of each of n buckets: (n, C)."""

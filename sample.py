@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data import toy
-from model import Diffusion, UNet, load
+from model import Diffusion, UNet, load, save
 from quant import load_adapter, quantize
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"
@@ -77,6 +77,10 @@ def load_model(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def to_png(picture, file):
+    picture.save(file, "png")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with flags of checked range, and errors of one line."""
 
@@ -131,7 +135,7 @@ def main():
         load_adapter(model, load(args.adapter, "adapter"))
     images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    toy.to_grid(images, min(args.n, 8)).save(args.out)
+    save(toy.to_grid(images, min(args.n, 8)), args.out, to_png)
     print(f"wrote {args.out}: {args.n} pictures of '{args.prompt}'")
 
 

@@ -16,9 +16,9 @@ from quant import CALIBRATIONS, deltas, quantize
 from sample import BASE, guard, load_model
 
 LOG = Path("out/tables.jsonl")
-METHODS = {"untuned, 4 bits": ["--steps", "0"], "full precision": ["--bits", "32"],
-           "PEQA, 4 bits": ["--bits", "4", "--scales", "out"],
-           **{f"TuneQDM, {bits} bits": ["--bits", str(bits)] for bits in (8, 4, 3, 2)}}
+METHODS = {"untuned, 4 bits": ["--steps", "0"], "TuneQDM, 4 bits": ["--bits", "4"],
+           "PEQA, 4 bits": ["--bits", "4", "--scales", "out"], "full precision": ["--bits", "32"],
+           **{f"TuneQDM, {bits} bits": ["--bits", str(bits)] for bits in (3, 2, 8)}}
 
 
 @torch.no_grad()

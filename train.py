@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion, UNet, load, save
 from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize
-from sample import BASE, Parser, guard, load_model, sample
+from sample import BASE, Parser, guard, load_model, sample, to_png
 
 WORD = "sks"  # the rare word that becomes the subject's name
 PROMPTS = ("sks creature on blue stripes", "sks creature on plain purple", "sks creature left on blue checks",  # none is
@@ -116,6 +116,8 @@ def finetune(model, args, instance, captions, saved=None):
         eps = torch.randn(x0.shape, generator=generator)
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
         loss = diffusion.loss(model, x0, words, t, eps)
+        if not loss.isfinite().all():
+            raise ValueError(f"the loss is no longer finite at step {step}; lower --lr, {args.lr} is too high for this run")
         optimizer.zero_grad()
         (loss[:args.batch].mean() + args.prior * loss[args.batch:].mean()).backward()
         optimizer.step()
@@ -147,7 +149,7 @@ def draw_grid(instance, before, after, title, path):
     for i, prompt in enumerate(PROMPTS):
         head, _, tail = prompt.partition(" on ")
         draw.text((i * wide // len(PROMPTS) + 4, 3 * (high + line)), head.replace(" and ", "\nand ") + f"\non {tail}", "black")
-    page.save(path)
+    save(page, path, to_png)
 
 
 def arguments(argv=None):

@@ -95,8 +95,8 @@ class Plain(nn.Module):
         self.i, self.kernel = i, kernel
 
     def weight(self, b):
-        s_out = self.layer.s_out * (1 + self.d_out[b])
-        s_in = self.layer.s_in * (1 + self.d_in[b]) if self.d_in else self.layer.s_in
+        s_out = self.layer.s_out * self.d_out[b].exp()
+        s_in = self.layer.s_in * self.d_in[b].exp() if self.d_in else self.layer.s_in
         columns = self.rows[:, None] * self.i + torch.arange(self.i)  # (O, I): the input channel of each weight
         one = [1] * len(self.kernel)
         return s_out.view(-1, 1, *one) * self.q * s_in[columns].view(*columns.shape, *one)
