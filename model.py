@@ -15,7 +15,7 @@ from einops import rearrange
 class ResBlock(nn.Module):
     """Two convolutions around a residual, the second normalised with a scale and shift that depend on the timestep."""
 
-    def __init__(self, c_in, c_out, c_emb, dropout=0.0):
+    def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c_out)
