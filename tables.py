@@ -3,7 +3,6 @@
 Each finished run is a line of out/tables.jsonl, and what is there is not run again: stop and go on as you like. The
 subjects of a table are never those that the defaults were tuned on.
 """
-import argparse
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import train
 from data import toy
 from model import Diffusion
 from quant import CALIBRATIONS, deltas, quantize
-from sample import BASE, guard, load_model
+from sample import BASE, Parser, guard, load_model
 
 LOG = Path("out/tables.jsonl")
 METHODS = {"untuned, 4 bits": ["--steps", "0"], "TuneQDM, 4 bits": ["--bits", "4"],
@@ -72,10 +71,10 @@ def subjects(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=("calibration", "subjects"))
     parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, default=toy.TABLE)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
     args = parser.parse_args()
     {"calibration": calibration, "subjects": subjects}[args.table](args)
 
