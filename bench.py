@@ -1,0 +1,294 @@
+"""Memory and speed, measured side by side: python bench.py speed | scale
+
+speed: training steps of nine methods, taken in turn, several rounds, medians; what each keeps in memory; sampling steps;
+bytes on disk; the time to quantize. scale: the same method on a UNet of 860 million parameters.
+"""
+import copy
+import io
+import multiprocessing
+import statistics
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import toy
+from model import Diffusion, UNet
+from quant import CALIBRATIONS, adapter, minmax, quantize
+from sample import Parser, guard
+
+SIZES = {"default": (dict(), 16), "35M": (dict(channels=(128, 256, 256, 256), attention=(1,), blocks=2, c_emb=512), 32)}
+LARGE = dict(channels=(320, 640, 1280, 1280), attention=(0, 1, 2), blocks=2, c_emb=1280, c_words=768, c_image=4)
+
+
+class LoRA(nn.Module):
+    """y = layer(x) + up(down(x)) for a Conv2d or Linear, whose own weights are frozen (Hu et al. 2021)."""
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        if isinstance(layer, nn.Conv2d):
+            self.lora_a = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            self.lora_b = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.lora_a, self.lora_b = (nn.Linear(layer.in_features, rank, bias=False),
+                                        nn.Linear(rank, layer.out_features, bias=False))
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.lora_b(self.lora_a(x))
+
+
+class Plain(nn.Module):
+    """A layer of TuneQDM the plain way, as the authors write it: int8 codes, dequantized under autograd."""
+
+    def __init__(self, layer, train_in):
+        super().__init__()
+        weight = layer.weight.detach()
+        ones = (1,) * (weight.dim() - 2)
+        codes, zero, s_out, s_in = minmax(weight.reshape(1, *weight.shape[:2], -1), 4)
+        self.register_buffer("codes", codes.view(weight.shape).to(torch.int8))
+        self.register_buffer("zero_point", zero.view(-1, 1, *ones))
+        self.s_out = nn.Parameter(s_out.view(-1, 1, *ones))
+        self.s_in = nn.Parameter(s_in.view(1, -1, *ones)) if train_in else None
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        conv = isinstance(layer, nn.Conv2d)
+        self.run, self.args = (F.conv2d, (layer.stride, layer.padding)) if conv else (F.linear, ())
+
+    def forward(self, x):
+        weight = (self.codes - self.zero_point) * self.s_out
+        return self.run(x, weight if self.s_in is None else weight * self.s_in, self.bias, *self.args)
+
+
+def swap(model, make):
+    """Replace every Conv2d and Linear of a frozen model by make(layer); only what is new trains."""
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            model.set_submodule(name, make(layer))
+    return model
+
+
+def lora_packed(model, rank):
+    model = quantize(swap(model, lambda layer: LoRA(layer, rank)), 4, scales="out", keep_float=("*.lora_a", "*.lora_b"))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return model
+
+
+METHODS = {
+    "full fine-tuning": lambda model: model,
+    "LoRA r = 2": lambda model: swap(model, lambda layer: LoRA(layer, 2)),
+    "LoRA r = 16": lambda model: swap(model, lambda layer: LoRA(layer, 16)),
+    "LoRA r = 2, packed base": lambda model: lora_packed(model, 2),
+    "LoRA r = 16, packed base": lambda model: lora_packed(model, 16),
+    "PEQA, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=False)),
+    "TuneQDM, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=True)),
+    "PEQA, ours": lambda model: quantize(model, 4, scales="out"),
+    **{f"TuneQDM, ours, N = {n}": lambda model, n=n: quantize(model, 4, n) for n in (1, 2, 4)}}
+
+
+def build(method, size, device):
+    torch.manual_seed(0)
+    model = UNet(**SIZES[size][0])
+    nn.init.normal_(model.out.weight, std=0.02)  # zeros at first: nothing would flow back
+    return METHODS[method](model).to(device, memory_format=torch.channels_last)
+
+
+def batch_of(n, size, device):
+    generator, side, T = torch.Generator().manual_seed(1), SIZES[size][1], Diffusion().T
+    x0, eps = (torch.randn(n, 3, side, side, generator=generator).to(device, memory_format=torch.channels_last) for _ in "ab")
+    t, words = torch.randint(T, (n,), generator=generator), torch.randint(22, (n, toy.SLOTS), generator=generator)
+    return x0, words.to(device), t.to(device), eps
+
+
+def optimizer_of(model):
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+
+
+def step(model, optimizer, batch):
+    Diffusion().loss(model, *batch).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clock(run, device):
+    """Seconds that run() takes."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def in_turn(runs, rounds, device):
+    """The median seconds of each of runs ({name: function}), called in turn, after one call each to warm up."""
+    times = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = clock(run, device)
+            if i:
+                times[name].append(seconds)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def kept_bytes(model, batch):
+    """Bytes of the storages that autograd keeps for backward, those of parameters and buffers and the batch left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch)}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = Diffusion().loss(model, *batch).mean()
+    del loss
+    return sum(size for pointer, size in kept.items() if pointer not in known)
+
+
+def held_bytes(model, optimizer):
+    """Bytes of weights, their gradients and the optimizer's state, after a step whose gradients were not yet dropped."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def resident(key="VmRSS"):
+    """Bytes of this process in memory now (VmRSS) or at most since forget_peak (VmHWM); NaN where /proc isn't there."""
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    except OSError:
+        return float("nan")
+
+
+def forget_peak(device):
+    if device == "cuda":
+        return torch.cuda.reset_peak_memory_stats()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak(method, size, n, device, queue):
+    """In a process of its own: the most memory that two training steps take above the idle process, in bytes."""
+    torch.zeros(1, device=device)
+    idle, model = resident(), build(method, size, device)
+    batch, optimizer = batch_of(n, size, device), optimizer_of(model)
+    forget_peak(device)
+    for _ in range(2):
+        step(model, optimizer, batch)
+    queue.put(torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - idle)
+
+
+def in_process(target, *args):
+    """What target(*args, queue) puts in its queue, run in a new process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=target, args=(*args, queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def print_table(title, columns, rows):
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def speed(args):
+    for size in args.sizes:
+        models = {name: build(name, size, args.device) for name in METHODS}
+        count = sum(p.numel() for p in models["full fine-tuning"].parameters())
+        for n in args.batches:
+            batch, held, kept, peaks = batch_of(n, size, args.device), {}, {}, {}
+            optimizers = {name: optimizer_of(model) for name, model in models.items()}
+            runs = {name: lambda m=model, o=optimizers[name]: step(m, o, batch) for name, model in models.items()}
+            times = in_turn(runs, args.rounds, args.device)
+            for name, model in models.items():
+                kept[name] = kept_bytes(model, batch)
+                Diffusion().loss(model, *batch).mean().backward()
+                held[name] = held_bytes(model, optimizers[name])
+                optimizers[name].zero_grad()
+                peaks[name] = in_process(peak, name, size, n, args.device)
+            full = "full fine-tuning"
+            cell = lambda values, name, unit, form: f"{values[name] / unit:{form}} ({values[name] / values[full]:.2f})"
+            print_table(f"A training step, {size} UNet ({count:,} parameters), batch {n}, {args.device}; in brackets: of full",
+                        ["method", "trained", "step, ms", "kept for backward, MB", "weights + gradients + optimizer, MB",
+                         "peak above idle, MB"],
+                        [[name, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+                          cell(times, name, 1e-3, ".0f"), cell(kept, name, 1e6, ".1f"), cell(held, name, 1e6, ".2f"),
+                          cell(peaks, name, 1e6, ".0f")] for name, model in models.items()])
+        del models, runs
+        disk_sampling_quantizing(size, args)
+
+
+def disk_sampling_quantizing(size, args):
+    """Tables of what needs no training: bytes on disk, sampling steps, and the time to quantize."""
+    base, buffer = build("full fine-tuning", size, args.device), io.BytesIO()
+    torch.save(base.state_dict(), buffer)
+    rows, quantized = [["32", f"{buffer.tell():,} (1.000)", ""]], {}
+    for n_bits in (8, 4, 3, 2):
+        model, file, small = quantize(copy.deepcopy(base), n_bits), io.BytesIO(), io.BytesIO()
+        quantized[f"{n_bits} bits"] = model
+        torch.save({name: value for name, value in model.state_dict().items() if ".d_" not in name}, file)
+        torch.save(adapter(model), small)
+        rows.append([f"{n_bits}", f"{file.tell():,} ({file.tell() / buffer.tell():.3f})", f"{small.tell():,}"])
+    print_table(f"On disk, {size} UNet", ["bits", "base, bytes", "adapter, bytes"], rows)
+
+    rows = []
+    for n in (1, 16):
+        x, words, t, _ = batch_of(n, size, args.device)
+        with torch.no_grad():
+            runs = {name: lambda m=m: m(x, t, words) for name, m in {"float": base, **quantized}.items()}
+            times = in_turn(runs, 3 * args.rounds, args.device)
+        rows.append([f"{n}", *(f"{1000 * time:.1f} ({time / times['float']:.2f})" for time in times.values())])
+    print_table(f"A sampling step, ms, {size} UNet", ["batch", "float", *quantized], rows)
+
+    columns = {name: f"{clock(lambda: quantize(copy.deepcopy(base), 4, calibration=name), args.device):.2f}" for name in CALIBRATIONS}
+    print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(columns), [list(columns.values())])
+
+
+def scale(args):
+    """Quantize a UNet of Stable Diffusion's shapes with random weights, then take a training step, batch 1, 32x32 latents."""
+    idle = resident()
+    model = UNet(**LARGE)
+    nn.init.normal_(model.out.weight, std=0.02)
+    count, built = sum(p.numel() for p in model.parameters()), resident() - idle
+    forget_peak("cpu")
+    seconds = clock(lambda: quantize(model, 4, num_buckets=2), "cpu")
+    rows = [["float model", f"{built / 1e9:.2f}", ""],
+            ["peak while quantizing", f"{(resident('VmHWM') - idle) / 1e9:.2f}", f"{seconds:.0f}"]]
+    generator = torch.Generator().manual_seed(1)
+    x0, eps = (torch.randn(1, 4, 32, 32, generator=generator) for _ in "ab")
+    batch = x0, torch.zeros(1, toy.SLOTS, dtype=torch.long), torch.tensor([300]), eps
+    optimizer = optimizer_of(model)
+    rows.append(["quantized model", f"{(resident() - idle) / 1e9:.2f}", ""])
+    kept = kept_bytes(model, batch)
+    forget_peak("cpu")
+    seconds = min(clock(lambda: step(model, optimizer, batch), "cpu") for _ in range(2))
+    rows.append(["peak of a training step", f"{(resident('VmHWM') - idle) / 1e9:.2f}", f"{seconds:.1f}"])
+    rows.append(["of it kept for backward", f"{kept / 1e9:.2f}", ""])
+    rows.append(["of it weights, gradients, optimizer", f"{held_bytes(model, optimizer) / 1e9:.2f}", ""])
+    print_table(f"{count:,} parameters, 4 bits, N = 2, batch 1, 32x32 latents", ["", "GB above idle", "seconds"], rows)
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("table", choices=("speed", "scale"))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 16, 64])
+    parser.number("--rounds", int, 1, 1000, 5, "steps of each method that are timed, in turn")
+    parser.device()
+    args = parser.parse_args()
+    {"speed": speed, "scale": scale}[args.table](args)
+
+
+if __name__ == "__main__":
+    guard(main)
