@@ -1,6 +1,6 @@
 """Memory and speed, measured side by side: python bench.py speed | scale
 
-speed: training steps of nine methods, taken in turn, several rounds, medians; what each keeps in memory; sampling steps;
+speed: training steps of eleven methods, taken in turn, several rounds, medians; what each keeps in memory; sampling steps;
 bytes on disk; the time to quantize. scale: the same method on a UNet of 860 million parameters.
 """
 import copy
@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ from model import Diffusion, UNet
 from quant import CALIBRATIONS, adapter, minmax, quantize
 from sample import Parser, guard
 
+DIFFUSION = Diffusion()
 SIZES = {"default": (dict(), 16), "35M": (dict(channels=(128, 256, 256, 256), attention=(1,), blocks=2, c_emb=512), 32)}
 LARGE = dict(channels=(320, 640, 1280, 1280), attention=(0, 1, 2), blocks=2, c_emb=1280, c_words=768, c_image=4)
 
@@ -97,7 +99,7 @@ def build(method, size, device):
 
 
 def batch_of(n, size, device):
-    generator, side, T = torch.Generator().manual_seed(1), SIZES[size][1], Diffusion().T
+    generator, side, T = torch.Generator().manual_seed(1), SIZES[size][1], DIFFUSION.T
     x0, eps = (torch.randn(n, 3, side, side, generator=generator).to(device, memory_format=torch.channels_last) for _ in "ab")
     t, words = torch.randint(T, (n,), generator=generator), torch.randint(22, (n, toy.SLOTS), generator=generator)
     return x0, words.to(device), t.to(device), eps
@@ -108,7 +110,7 @@ def optimizer_of(model):
 
 
 def step(model, optimizer, batch):
-    Diffusion().loss(model, *batch).mean().backward()
+    DIFFUSION.loss(model, *batch).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -144,7 +146,7 @@ def kept_bytes(model, batch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = Diffusion().loss(model, *batch).mean()
+        loss = DIFFUSION.loss(model, *batch).mean()
     del loss
     return sum(size for pointer, size in kept.items() if pointer not in known)
 
@@ -205,28 +207,29 @@ def print_table(title, columns, rows):
 def speed(args):
     for size in args.sizes:
         models = {name: build(name, size, args.device) for name in METHODS}
-        count = sum(p.numel() for p in models["full fine-tuning"].parameters())
         for n in args.batches:
-            batch, held, kept, peaks = batch_of(n, size, args.device), {}, {}, {}
-            optimizers = {name: optimizer_of(model) for name, model in models.items()}
-            runs = {name: lambda m=model, o=optimizers[name]: step(m, o, batch) for name, model in models.items()}
-            times = in_turn(runs, args.rounds, args.device)
-            for name, model in models.items():
-                kept[name] = kept_bytes(model, batch)
-                Diffusion().loss(model, *batch).mean().backward()
-                held[name] = held_bytes(model, optimizers[name])
-                optimizers[name].zero_grad()
-                peaks[name] = in_process(peak, name, size, n, args.device)
-            full = "full fine-tuning"
-            cell = lambda values, name, unit, form: f"{values[name] / unit:{form}} ({values[name] / values[full]:.2f})"
-            print_table(f"A training step, {size} UNet ({count:,} parameters), batch {n}, {args.device}; in brackets: of full",
-                        ["method", "trained", "step, ms", "kept for backward, MB", "weights + gradients + optimizer, MB",
-                         "peak above idle, MB"],
-                        [[name, f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
-                          cell(times, name, 1e-3, ".0f"), cell(kept, name, 1e6, ".1f"), cell(held, name, 1e6, ".2f"),
-                          cell(peaks, name, 1e6, ".0f")] for name, model in models.items()])
-        del models, runs
+            training(models, size, n, args)
+        del models
         disk_sampling_quantizing(size, args)
+
+
+def training(models, size, n, args):
+    """The table of a training step at batch n."""
+    batch, held, kept, peaks = batch_of(n, size, args.device), {}, {}, {}
+    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    times = in_turn({name: partial(step, models[name], optimizers[name], batch) for name in models}, args.rounds, args.device)
+    for name, model in models.items():
+        kept[name] = kept_bytes(model, batch)
+        DIFFUSION.loss(model, *batch).mean().backward()
+        held[name] = held_bytes(model, optimizers[name])
+        optimizers[name].zero_grad()
+        peaks[name] = in_process(peak, name, size, n, args.device)
+    full, trained = next(iter(models)), lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cell = lambda values, name, unit, form: f"{values[name] / unit:{form}} ({values[name] / values[full]:.2f})"
+    print_table(f"A training step, UNet of {trained(models[full]):,} parameters, batch {n}, {args.device}; in brackets: of full",
+                ["method", "trained", "step, ms", "kept for backward, MB", "weights, gradients, optimizer, MB", "peak, MB"],
+                [[name, f"{trained(model):,}", cell(times, name, 1e-3, ".0f"), cell(kept, name, 1e6, ".1f"),
+                  cell(held, name, 1e6, ".2f"), cell(peaks, name, 1e6, ".0f")] for name, model in models.items()])
 
 
 def disk_sampling_quantizing(size, args):
@@ -246,13 +249,13 @@ def disk_sampling_quantizing(size, args):
     for n in (1, 16):
         x, words, t, _ = batch_of(n, size, args.device)
         with torch.no_grad():
-            runs = {name: lambda m=m: m(x, t, words) for name, m in {"float": base, **quantized}.items()}
+            runs = {name: partial(model, x, t, words) for name, model in {"float": base, **quantized}.items()}
             times = in_turn(runs, 3 * args.rounds, args.device)
         rows.append([f"{n}", *(f"{1000 * time:.1f} ({time / times['float']:.2f})" for time in times.values())])
     print_table(f"A sampling step, ms, {size} UNet", ["batch", "float", *quantized], rows)
 
-    columns = {name: f"{clock(lambda: quantize(copy.deepcopy(base), 4, calibration=name), args.device):.2f}" for name in CALIBRATIONS}
-    print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(columns), [list(columns.values())])
+    seconds = [clock(partial(quantize, copy.deepcopy(base), 4, calibration=name), args.device) for name in CALIBRATIONS]
+    print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(CALIBRATIONS), [[f"{s:.2f}" for s in seconds]])
 
 
 def scale(args):

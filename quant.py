@@ -20,8 +20,8 @@ A batch may mix timesteps. Where all its samples share a bucket, W has that buck
 and each sample's own exp(d_in) and exp(d_out) multiply its activations before and after the matmul. A bucket without a
 sample gets no gradient (None, not zero), so that no optimizer moves it.
 
-Against the paper: deltas, not raw scales, and s_in starts from calibration, not from noise. Against the authors' code:
-integers are packed, autograd keeps no weight, and every sample has its own bucket, not that of the batch's first.
+Against the paper: deltas, not raw scales, and s_in starts from calibration, not noise. Against the authors' code: packed
+integers, no weight kept by autograd, and for every sample its own bucket, not that of the batch's first.
 
     quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")      # in place; then train model as it is
     torch.save(adapter(model), path); load_adapter(model, torch.load(path)); plain = merge(model, bucket=0)
@@ -63,9 +63,8 @@ def unpack(packed, n_bits, shape):
     count, codes, shift, start = torch.Size(shape).numel(), None, 0, 0
     for width in PIECES[n_bits]:
         piece = packed[start:(start := start + (count + 7) // 8 * width)]
-        piece = torch.cat([piece >> width * k & (1 << width) - 1 for k in range(8 // width)])
-        codes = piece if codes is None else codes | piece << shift
-        shift += width
+        piece = (piece >> torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)[:, None] & (1 << width) - 1).view(-1)
+        codes, shift = piece if codes is None else codes | piece << shift, shift + width
     return codes[:count].view(shape)
 
 
@@ -84,8 +83,7 @@ def minmax(w, n_bits, shrink=1.0):
 
 def mse(w, n_bits, steps=80):
     """minmax, its range shrunk for each row by the percentage that leaves the least squared error."""
-    *best, s_in = minmax(w, n_bits)
-    least = float("inf")
+    (*best, s_in), least = minmax(w, n_bits), float("inf")
     for step in range(steps):
         *found, _ = minmax(w, n_bits, 1 - step / 100)
         error = ((found[0] - found[1]) * found[2] - w).square().sum((2, 3), keepdim=True)
@@ -129,7 +127,8 @@ class ScaledMatmul(torch.autograd.Function):
         if rows is not None:
             y = layer.scale(y, d_out, rows) + (0 if bias is None else layer.along(bias, y))
         ctx.layer, ctx.rows = layer, rows
-        ctx.save_for_backward(x if d_in is not None else x.new_empty(1).expand(x.shape), y, d_out, d_in)
+        ctx.save_for_backward(*(a if kept else a.new_empty(1).expand(a.shape)  # no bytes, where only the shape is needed
+                                for a, kept in ((x, d_in is not None), (y, ctx.needs_input_grad[1]))), d_out, d_in)
         return y
 
     @staticmethod
@@ -139,8 +138,8 @@ class ScaledMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0] or d_in is not None:
             w = layer.weight(*(d_out, d_in) if rows is None else (), dtype=x.dtype)
             gx = layer.scale(layer.input_grad(layer.scale(g, d_out, rows), x, w), d_in, rows)
-        g_in = None if d_in is None else layer.reduce(gx, x, rows, len(d_in))
-        return gx, layer.reduce(g, y, rows, len(d_out), layer.bias), g_in, None, None
+        g_out = layer.reduce(g, y, rows, len(d_out), layer.bias) if ctx.needs_input_grad[1] else None
+        return gx, g_out, None if d_in is None else layer.reduce(gx, x, rows, len(d_in)), None, None
 
 
 class QuantLayer(nn.Module):
@@ -176,7 +175,8 @@ class QuantLayer(nn.Module):
             raise ValueError(f"a quantized layer got {len(x)} samples for {len(rows)} timesteps; the batch must come first")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        d_out, d_in = (ds and torch.stack([ds[b] for b in present]) for ds in (self.d_out, self.d_in))
+        d_out, d_in = (ds and (ds[present[0]][None] if rows is None else torch.stack([ds[b] for b in present]))
+                       for ds in (self.d_out, self.d_in))
         return ScaledMatmul.apply(x, d_out, d_in, self, rows)
 
     def along(self, v, x):
