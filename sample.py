@@ -36,7 +36,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
 @torch.no_grad()
-def sample(model, words, steps=40, sampler="ddim", cfg_scale=3.0, seed=0, diffusion=None, progress=False, chunk=64):
+def sample(model, words, steps=40, sampler="ddpm", cfg_scale=3.0, seed=0, diffusion=None, progress=False, chunk=64):
     """Draw a picture for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
     steps: timesteps visited, out of T. cfg_scale: 1 is the plain model; above, its prediction is pushed away from that
@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--adapter", help="an adapter to put on the quantized model of --ckpt")
     parser.add_argument("--prompt", default="red creature on green stripes")
     parser.number("--n", int, 1, 1000, 8, "pictures")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
     parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
     parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
     parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")

@@ -166,7 +166,7 @@ def arguments(argv=None):
     run.add_argument("--subject", default="mo", help="a folder of pictures, or a name in data/subjects")
     run.add_argument("--base", default=BASE, help="the pretrained model (default: the shipped one)")
     run.add_argument("--pretrain", action="store_true", help="make the base instead: writes out/pretrain/base.pt")
-    number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 12900 to pretrain)", group=run)
+    number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 20000 to pretrain)", group=run)
     number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
     number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 8, or 64 to pretrain)", group=run)
     number("--prior", float, 0, 100, 1.0, "weight of the class pictures' loss", group=run)
@@ -179,7 +179,7 @@ def arguments(argv=None):
     if 8 < args.bits < 32:
         parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
     default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
-    args.steps = default(1000, 12900) if args.steps is None else args.steps
+    args.steps = default(1000, 20000) if args.steps is None else args.steps
     args.batch = default(8, 64) if args.batch is None else args.batch
     args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
     args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
