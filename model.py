@@ -41,8 +41,7 @@ class Attention(nn.Module):
 
     def heads(self, q, k, v):                                       # (N, HW, D), (N, L, D), (N, L, D)
         q, k, v = (rearrange(x, "n l (h d) -> n h l d", d=self.head) for x in (q, k, v))
-        attention = (q * self.head**-0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)   # (N, heads, HW, HW or L)
-        return rearrange(attention @ v, "n h l d -> n l (h d)")
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)")
 
     def forward(self, x, words):                                    # (N, D, H, W), (N, L, c_words)
         h = rearrange(x, "n d h w -> n (h w) d")                    # (N, HW, D)

@@ -164,7 +164,7 @@ class QuantLayer(nn.Module):
         s_out, s_in = (s if d is None else s * d.exp() for s, d in ((self.s_out, d_out), (self.s_in, d_in)))
         g, o, i, *kernel = self.groups, self.shape[0] // self.groups, *self.shape[1:]
         w = unpack(self.codes, self.n_bits, (g, o, self.shape[2:].numel(), i)).to(s_out.dtype)
-        w = w.sub_(self.zero_point.view(g, o, 1, 1)).mul_(s_out.view(g, o, 1, 1) * s_in.view(g, 1, 1, i))
+        w = w.sub_(self.zero_point.view(g, o, 1, 1)).mul_(s_out.view(g, o, 1, 1)).mul_(s_in.view(g, 1, 1, i))
         return w.view(g * o, *kernel, i).movedim(-1, 1).to(dtype)
 
     def forward(self, x):
