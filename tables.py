@@ -1,4 +1,4 @@
-"""The README's tables: python tables.py calibration | subjects
+"""The README's tables: python tables.py base | calibration | subjects
 
 Each finished run is a line of out/tables.jsonl, and what is there is not run again: stop and go on as you like. The
 subjects of a table are never those that the defaults were tuned on.
@@ -28,6 +28,11 @@ def validation_loss(model, n=1024, seed=12345):
     t, eps = train.timesteps(n, diffusion.T, generator), torch.randn(x0.shape, generator=generator)
     parts = zip(*(a.split(128) for a in (x0.contiguous(memory_format=torch.channels_last), words, t, eps)))
     return torch.cat([diffusion.loss(model, *part) for part in parts]).mean().item()
+
+
+def base(args):
+    """What the shipped base draws, and how much of it is right."""
+    train.score_base(load_model(BASE), seed=0)
 
 
 def calibration(args):
@@ -72,11 +77,11 @@ def subjects(args):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("table", choices=("calibration", "subjects"))
+    parser.add_argument("table", choices=("base", "calibration", "subjects"))
     parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, default=toy.TABLE)
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
     args = parser.parse_args()
-    {"calibration": calibration, "subjects": subjects}[args.table](args)
+    {"base": base, "calibration": calibration, "subjects": subjects}[args.table](args)
 
 
 if __name__ == "__main__":
