@@ -72,8 +72,11 @@ def swap(model, make):
     return model
 
 
+packed = partial(quantize, n_bits=4, calibration="minmax")  # the quickest: what is found doesn't change what is measured
+
+
 def lora_packed(model, rank):
-    model = quantize(swap(model, lambda layer: LoRA(layer, rank)), 4, scales="out", keep_float=("*.lora_a", "*.lora_b"))
+    model = packed(swap(model, lambda layer: LoRA(layer, rank)), scales="out", keep_float=("*.lora_a", "*.lora_b"))
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     return model
@@ -87,8 +90,8 @@ METHODS = {
     "LoRA r = 16, packed base": lambda model: lora_packed(model, 16),
     "PEQA, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=False)),
     "TuneQDM, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=True)),
-    "PEQA, ours": lambda model: quantize(model, 4, scales="out"),
-    **{f"TuneQDM, ours, N = {n}": lambda model, n=n: quantize(model, 4, n) for n in (1, 2, 4)}}
+    "PEQA, ours": lambda model: packed(model, scales="out"),
+    **{f"TuneQDM, ours, N = {n}": lambda model, n=n: packed(model, num_buckets=n) for n in (1, 2, 4)}}
 
 
 def build(method, size, device):
@@ -238,7 +241,7 @@ def disk_sampling_quantizing(size, args):
     torch.save(base.state_dict(), buffer)
     rows, quantized = [["32", f"{buffer.tell():,} (1.000)", ""]], {}
     for n_bits in (8, 4, 3, 2):
-        model, file, small = quantize(copy.deepcopy(base), n_bits), io.BytesIO(), io.BytesIO()
+        model, file, small = packed(copy.deepcopy(base), n_bits=n_bits), io.BytesIO(), io.BytesIO()
         quantized[f"{n_bits} bits"] = model
         torch.save({name: value for name, value in model.state_dict().items() if ".d_" not in name}, file)
         torch.save(adapter(model), small)
@@ -265,7 +268,7 @@ def scale(args):
     nn.init.normal_(model.out.weight, std=0.02)
     count, built = sum(p.numel() for p in model.parameters()), resident() - idle
     forget_peak("cpu")
-    seconds = clock(lambda: quantize(model, 4, num_buckets=2), "cpu")
+    seconds = clock(partial(packed, model, num_buckets=2), "cpu")
     rows = [["float model", f"{built / 1e9:.2f}", ""],
             ["peak while quantizing", f"{(resident('VmHWM') - idle) / 1e9:.2f}", f"{seconds:.0f}"]]
     generator = torch.Generator().manual_seed(1)
