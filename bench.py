@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import toy
 from model import Diffusion, UNet
-from quant import CALIBRATIONS, adapter, minmax, quantize
+from quant import CALIBRATIONS, adapter, merge, minmax, quantize
 from sample import Parser, guard
 
 DIFFUSION = Diffusion()
@@ -213,26 +213,32 @@ def speed(args):
         for n in args.batches:
             training(models, size, n, args)
         del models
-        disk_sampling_quantizing(size, args)
+        if not args.compile:
+            disk_sampling_quantizing(size, args)
 
 
 def training(models, size, n, args):
     """The table of a training step at batch n."""
-    batch, held, kept, peaks = batch_of(n, size, args.device), {}, {}, {}
+    batch, held, kept, last = batch_of(n, size, args.device), {}, {}, {}
+    torch.compiler.reset()
+    runs = {name: torch.compile(model, dynamic=False) if args.compile else model for name, model in models.items()}
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
-    times = in_turn({name: partial(step, models[name], optimizers[name], batch) for name in models}, args.rounds, args.device)
-    for name, model in models.items():
+    for name, model in runs.items():
+        started = clock(partial(step, model, optimizers[name], batch), args.device)
         kept[name] = kept_bytes(model, batch)
         DIFFUSION.loss(model, *batch).mean().backward()
         held[name] = held_bytes(model, optimizers[name])
         optimizers[name].zero_grad()
-        peaks[name] = in_process(peak, name, size, n, args.device)
+        last[name] = started if args.compile else in_process(peak, name, size, n, args.device)
+    times = in_turn({name: partial(step, runs[name], optimizers[name], batch) for name in runs}, args.rounds, args.device)
     full, trained = next(iter(models)), lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)
     cell = lambda values, name, unit, form: f"{values[name] / unit:{form}} ({values[name] / values[full]:.2f})"
-    print_table(f"A training step, UNet of {trained(models[full]):,} parameters, batch {n}, {args.device}; in brackets: of full",
-                ["method", "trained", "step, ms", "kept for backward, MB", "weights, gradients, optimizer, MB", "peak, MB"],
+    print_table(f"A {'compiled ' * args.compile}training step, UNet of {trained(models[full]):,} parameters, batch {n}, "
+                f"{args.device}; in brackets: of full", ["method", "trained", "step, ms", "kept for backward, MB",
+                "weights, gradients, optimizer, MB", "first step, s" if args.compile else "peak, MB"],
                 [[name, f"{trained(model):,}", cell(times, name, 1e-3, ".0f"), cell(kept, name, 1e6, ".1f"),
-                  cell(held, name, 1e6, ".2f"), cell(peaks, name, 1e6, ".0f")] for name, model in models.items()])
+                  cell(held, name, 1e6, ".2f"), cell(last, name, *((1, ".0f") if args.compile else (1e6, ".0f")))]
+                 for name, model in models.items()])
 
 
 def disk_sampling_quantizing(size, args):
@@ -252,10 +258,11 @@ def disk_sampling_quantizing(size, args):
     for n in (1, 16):
         x, words, t, _ = batch_of(n, size, args.device)
         with torch.no_grad():
-            runs = {name: partial(model, x, t, words) for name, model in {"float": base, **quantized}.items()}
+            nets = {"float": base, **quantized, "any, merged": merge(quantized["4 bits"])}
+            runs = {name: partial(net, x, t, words) for name, net in nets.items()}
             times = in_turn(runs, 3 * args.rounds, args.device)
         rows.append([f"{n}", *(f"{1000 * time:.1f} ({time / times['float']:.2f})" for time in times.values())])
-    print_table(f"A sampling step, ms, {size} UNet", ["batch", "float", *quantized], rows)
+    print_table(f"A sampling step, ms, {size} UNet", ["batch", *nets], rows)
 
     seconds = [clock(partial(quantize, copy.deepcopy(base), 4, calibration=name), args.device) for name in CALIBRATIONS]
     print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(CALIBRATIONS), [[f"{s:.2f}" for s in seconds]])
@@ -291,6 +298,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 16, 64])
     parser.number("--rounds", int, 1, 1000, 5, "steps of each method that are timed, in turn")
+    parser.add_argument("--compile", action="store_true", help="every method under torch.compile (minutes for each)")
     parser.device()
     args = parser.parse_args()
     {"speed": speed, "scale": scale}[args.table](args)

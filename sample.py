@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import toy
 from model import Diffusion, UNet, load, save
-from quant import load_adapter, quantize
+from quant import bucket, load_adapter, merge, quantize
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"
 
@@ -36,25 +36,30 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step}
 
 
 @torch.no_grad()
-def sample(model, words, steps=40, sampler="ddpm", cfg_scale=3.0, seed=0, diffusion=None, progress=False, chunk=64):
+def sample(model, words, steps=40, sampler="ddpm", cfg_scale=3.0, seed=0, diffusion=None, progress=False, chunk=64,
+           packed=False):
     """Draw a picture for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
     steps: timesteps visited, out of T. cfg_scale: 1 is the plain model; above, its prediction is pushed away from that
-    for the empty caption. Each picture depends on the seed and its place in words only.
+    for the empty caption. packed: rebuild a quantized model's weights at each call, and not once for each timestep bucket;
+    it takes less memory and more time. Each picture depends on the seed and its place in words only.
     """
     diffusion, device = diffusion or Diffusion(), next(model.parameters()).device
     generator, size = torch.Generator().manual_seed(seed), (len(words), 3, toy.SIZE, toy.SIZE)
     timesteps = torch.linspace(diffusion.T - 1, 0, steps).round().long().tolist()
     abars = [*diffusion.alphas_cumprod[timesteps], torch.ones((), dtype=torch.float64)]
     x, words = torch.randn(size, generator=generator), words.to(device)
+    quantized, net, now = None if packed else getattr(model, "quant_config", None), model, None
     for i, t in enumerate(tqdm(timesteps, desc="sampling", disable=not progress, leave=False)):
+        if quantized and now != (now := int(bucket(t, quantized["num_buckets"], quantized["T"]))):
+            net = merge(model, now)
         noise, parts = torch.randn(size, generator=generator), []
         for xs, ws, zs in zip(x.split(chunk), words.split(chunk), noise.split(chunk)):
             xs, ts = xs.to(device, memory_format=torch.channels_last), torch.full((len(xs),), t, device=device)
             if cfg_scale == 1:
-                v = model(xs, ts, ws)
+                v = net(xs, ts, ws)
             else:
-                v, empty = model(torch.cat([xs, xs]), torch.cat([ts, ts]), torch.cat([ws, 0 * ws])).chunk(2)
+                v, empty = net(torch.cat([xs, xs]), torch.cat([ts, ts]), torch.cat([ws, 0 * ws])).chunk(2)
                 v = empty + cfg_scale * (v - empty)
             x0 = diffusion.to_x0_eps(v, xs, ts)[0].clamp(-1, 1)
             a, s = diffusion.coefficients(ts, xs)
@@ -124,6 +129,7 @@ def main():
     parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
     parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
     parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")
+    parser.add_argument("--packed", action="store_true", help="never hold float weights: less memory, slower")
     parser.add_argument("--out", default="out/sample.png", help="the PNG to write")
     parser.device()
     args = parser.parse_args()
@@ -133,7 +139,8 @@ def main():
         if not hasattr(model, "quant_config"):
             raise ValueError(f"--adapter needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt")
         load_adapter(model, load(args.adapter, "adapter"))
-    images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True)
+    images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True,
+                    packed=args.packed)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save(toy.to_grid(images, min(args.n, 8)), args.out, to_png)
     print(f"wrote {args.out}: {args.n} pictures of '{args.prompt}'")

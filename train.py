@@ -5,6 +5,7 @@ with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 import copy
 import io
+import shutil
 import time
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def pretrain(args):
         first = saved["step"]
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
+    net = torch.compile(model) if args.compile else model
     for step in (bar := tqdm(range(first, args.steps), "pretraining", initial=first, total=args.steps)):
         for group in optimizer.param_groups:  # warm up, hold, then down to zero over the last third
             group["lr"] = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.steps / 3))
@@ -59,7 +61,7 @@ def pretrain(args):
         t, eps = timesteps(len(x0), diffusion.T, generator, focus=0.5), torch.randn(x0.shape, generator=generator)
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            loss = diffusion.loss(model, x0, words, t, eps)
+            loss = diffusion.loss(net, x0, words, t, eps)
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,6 +109,7 @@ def finetune(model, args, instance, captions, saved=None):
             for name, p in trained.items():
                 p.copy_(saved["trained"][name])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
+    net = torch.compile(model) if args.compile else model
     for step in (bar := tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)):
         for group in optimizer.param_groups:  # warm up, then down to zero
             group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
@@ -117,7 +120,7 @@ def finetune(model, args, instance, captions, saved=None):
         t = torch.cat([timesteps(args.batch, diffusion.T, generator) for _ in range(2)])
         eps = torch.randn(x0.shape, generator=generator)
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
-        loss = diffusion.loss(model, x0, words, t, eps)
+        loss = diffusion.loss(net, x0, words, t, eps)
         if not loss.isfinite().all():
             raise ValueError(f"the loss is no longer finite at step {step}; lower --lr, {args.lr} is too high for this run")
         optimizer.zero_grad()
@@ -174,8 +177,11 @@ def arguments(argv=None):
     number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument("--out", type=Path, help="folder to write (default: out/SUBJECT-BITSbit)")
+    run.add_argument("--compile", action="store_true", help="torch.compile: shorter steps after a minute or two of compiling")
     parser.device()
     args = parser.parse_args(argv)
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        parser.error("--compile needs a C++ compiler, and there is none; install one, such as g++, or leave --compile out")
     if 8 < args.bits < 32:
         parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
     default = lambda tuned, pretrained: pretrained if args.pretrain else tuned

@@ -1,6 +1,7 @@
 """The quantizer against independent references: explicit dequantization under autograd, in float64."""
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -363,6 +364,21 @@ def test_a_module_used_twice_stays_one():
     layer = nn.Linear(4, 4)
     model = quantize(nn.Sequential(layer, nn.ReLU(), layer), keep8=())
     assert model[0] is model[2] and isinstance(model[0], quant.QuantLinear)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("t", [[3], [1, 900, 2, 800]])
+def test_compiled_equals_eager(t):
+    model, x, t = move(quantized(2).double()), torch.randn(len(t), 3, 8, 8).double(), torch.tensor(t)
+    found = []
+    for net in (model, torch.compile(model)):
+        net(x, t).square().sum().backward()
+        found.append({name: delta.grad for name, delta in deltas(model).items()})
+        model.zero_grad()
+    for name, grad in found[0].items():
+        assert (grad is None) == (found[1][name] is None)
+        if grad is not None:
+            torch.testing.assert_close(found[1][name], grad, **CLOSE)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

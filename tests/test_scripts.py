@@ -66,6 +66,16 @@ def test_sample_needs_only_the_file(tuned, tmp_path):
     assert picture.read_bytes() == again.read_bytes()
 
 
+def test_merged_and_packed_sampling_draw_the_same(tuned):
+    model, words = load_model(tuned[0] / "tuned.pt"), torch.tensor([toy.caption("sks creature")] * 2)
+    with torch.no_grad():
+        for name, delta in deltas(model).items():
+            delta.fill_(0.1 if name.endswith("1") else -0.1)  # the buckets differ
+    merged, packed = (sample.sample(model, words, 4, packed=packed) for packed in (False, True))
+    torch.testing.assert_close(merged, packed, rtol=1e-3, atol=1e-3)
+    assert hasattr(model, "quant_config")
+
+
 @pytest.mark.parametrize("args", [("--bits", 32), ("--bits", 2, "--scales", "out", "--calibration", "minmax")])
 def test_yardsticks(args, tmp_path, capsys):
     assert run(train, *args, "--steps", 1, "--sample-steps", 1, "--out", tmp_path) == 0
@@ -134,14 +144,15 @@ def test_pretraining_runs_resumes_and_is_a_base(tmp_path, capsys, monkeypatch):
     (train, ["--base", "missing.pt"], "exist"), (train, ["--base", "TEXT"], "damaged"), (train, ["--base", "CUT"], "damaged"),
     (train, ["--base", "ADAPTER"], "kind"), (train, ["--base", "OLD"], "this version"), (train, ["--resume"], "state.pt"),
     (train, ["--sample-steps", 0], "--sample-steps"), (train, ["--device", "tpu"], "--device"),
-    (train, ["--colour"], "unrecognized"),
+    (train, ["--colour"], "unrecognized"), (train, ["--compile"], "compiler"),
     (sample, ["--prompt", "a red dog"], "unknown word 'dog'"), (sample, ["--prompt", "red red circle"], "no place"),
     (sample, ["--ckpt", "missing.pt"], "exist"), (sample, ["--ckpt", "CUT"], "damaged"), (sample, ["--ckpt", "ADAPTER"], "kind"),
     (sample, ["--adapter", "ADAPTER"], "float"), (sample, ["--n", 0], "--n"), (sample, ["--steps", 1001], "--steps"),
     (sample, ["--cfg-scale", "nan"], "--cfg-scale"), (sample, ["--sampler", "euler"], "ddpm"),
     (sample, ["--ckpt", "."], "checkpoint"),
 ])
-def test_nonsense_gets_one_sentence_and_exit_code_2(script, args, match, tmp_path, capsys):
+def test_nonsense_gets_one_sentence_and_exit_code_2(script, args, match, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no compiler
     (tmp_path / "EMPTY").mkdir(), (tmp_path / "BAD").mkdir()
     (tmp_path / "BAD" / "x.png").write_text("no picture"), (tmp_path / "TEXT").write_text("no checkpoint")
     (tmp_path / "CUT").write_bytes(BASE.read_bytes()[:100_000])
