@@ -221,6 +221,7 @@ def training(models, size, n, args):
     """The table of a training step at batch n."""
     batch, held, kept, last = batch_of(n, size, args.device), {}, {}, {}
     torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = len(models)  # they share one forward
     runs = {name: torch.compile(model, dynamic=False) if args.compile else model for name, model in models.items()}
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
     for name, model in runs.items():
