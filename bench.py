@@ -13,10 +13,11 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import toy
 from model import Diffusion, UNet
-from quant import CALIBRATIONS, adapter, merge, minmax, quantize
+from quant import CALIBRATIONS, adapter, merge, minmax, quantize, remember
 from sample import Parser, guard
 
 DIFFUSION = Diffusion()
@@ -82,6 +83,12 @@ def lora_packed(model, rank):
     return model
 
 
+def checkpointed(model):
+    model = packed(model, num_buckets=2)
+    model.call = partial(checkpoint, use_reentrant=False, context_fn=partial(remember, model))
+    return model
+
+
 METHODS = {
     "full fine-tuning": lambda model: model,
     "LoRA r = 2": lambda model: swap(model, lambda layer: LoRA(layer, 2)),
@@ -91,7 +98,8 @@ METHODS = {
     "PEQA, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=False)),
     "TuneQDM, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=True)),
     "PEQA, ours": lambda model: packed(model, scales="out"),
-    **{f"TuneQDM, ours, N = {n}": lambda model, n=n: packed(model, num_buckets=n) for n in (1, 2, 4)}}
+    **{f"TuneQDM, ours, N = {n}": lambda model, n=n: packed(model, num_buckets=n) for n in (1, 2, 4)},
+    "TuneQDM, ours, N = 2, checkpointed": checkpointed}
 
 
 def build(method, size, device):

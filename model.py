@@ -86,6 +86,7 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
         self.norm, self.out = nn.GroupNorm(8, c), nn.Conv2d(c, c_image, 3, padding=1)
         nn.init.zeros_(self.out.weight)
+        self.call = lambda block, *args: block(*args)               # torch.utils.checkpoint, to keep less for backward
 
     def forward(self, x, t, words):                                 # (N, C, H, W), (N,), (N, L)
         words = self.words(words) + self.slots                      # (N, L, c_words)
@@ -95,8 +96,8 @@ class UNet(nn.Module):
 
         def run(level, h):
             res, attention = level
-            h = res(h, emb)
-            return h if attention is None else attention(h, words)
+            h = self.call(res, h, emb)
+            return h if attention is None else self.call(attention, h, words)
 
         for level in self.down:
             if isinstance(level, nn.ModuleList):

@@ -4,10 +4,9 @@ A weight is quantized once, to integers of n_bits that never change again. Fine-
 
     W[o, i] = s_out[o] * (q[o, i] - z[o]) * s_in[i]         q, z in 0 .. 2^n_bits - 1
 
-s_out (O,) scales rows, a number for each output channel, and s_in (I,) columns, a number for each input channel; every
-tap of a convolution's kernel shares them. s_out alone is PEQA; both are the paper's multi-channel-wise scale update. The
-T timesteps are cut into num_buckets equal intervals, each with scales of its own over the same integers: the paper's
-timestep-aware scale update.
+s_out (O,) scales rows (output channels), s_in (I,) columns (input channels); all taps of a kernel share them. s_out alone
+is PEQA; both are the paper's multi-channel-wise scale update. The T timesteps are cut into num_buckets equal intervals,
+each with scales of its own over the same integers: the paper's timestep-aware scale update.
 
 What is trained is relative: s_out = s0_out * exp(d_out), s_in = s0_in * exp(d_in), all deltas zero at the start. One
 learning rate then means the same in every layer, an adapter of zeros is the base model, and no scale gets to zero. With
@@ -20,12 +19,9 @@ A batch may mix timesteps. Where all its samples share a bucket, W has that buck
 and each sample's own exp(d_in) and exp(d_out) multiply its activations before and after the matmul. A bucket without a
 sample gets no gradient (None, not zero), so that no optimizer moves it.
 
-Against the paper: deltas, not raw scales, and s_in starts from calibration, not noise. Against the authors' code: packed
-integers, no weight kept by autograd, and for every sample its own bucket, not that of the batch's first.
-
-    quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")      # in place; then train model as it is
-    torch.save(adapter(model), path); load_adapter(model, torch.load(path)); plain = merge(model, bucket=0)
+    quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")      # in place; then train model as it is (README.md)
 """
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -47,9 +43,8 @@ def bucket(t, num_buckets, T):
 
 
 def pack(codes, n_bits):
-    """Pack codes (any shape, uint8, each below 2^n_bits) into n_bits bytes for every 8 codes: uint8, one-dimensional.
-    A code is stored in pieces of 8, 4, 2 or 1 bits (3 = 2 + 1), 8 / piece codes to a byte; codes that share a byte lie far
-    apart, so that unpacking is shifts of whole vectors, without interleaving."""
+    """Pack codes (any shape, uint8, each below 2^n_bits) into n_bits bytes for every 8 codes: uint8, one-dimensional. A code
+    is cut into pieces of 8, 4, 2 or 1 bits (3 = 2 + 1); those that share a byte lie far apart: whole vectors are shifted."""
     flat, packed, shift = F.pad(codes.flatten(), (0, -codes.numel() % 8)), [], 0
     for width in PIECES[n_bits]:
         piece = (flat >> shift & (1 << width) - 1).view(8 // width, -1)
@@ -143,12 +138,12 @@ class ScaledMatmul(torch.autograd.Function):
 
 
 class QuantLayer(nn.Module):
-    """A layer of packed integers and trained scales. `buckets` is what the model told it for this call, see _tell."""
+    """A layer of packed integers and trained scales. told, a list that the model shares with it, holds what _tell says."""
 
-    def __init__(self, layer, n_bits, num_buckets, scales, calibrate):
+    def __init__(self, layer, n_bits, num_buckets, scales, calibrate, told):
         super().__init__()
         weight = layer.weight.detach()
-        self.n_bits, self.num_buckets, self.shape, self.buckets = n_bits, num_buckets, weight.shape, None
+        self.n_bits, self.num_buckets, self.shape, self.told = n_bits, num_buckets, weight.shape, told
         self.groups, self.bias = getattr(layer, "groups", 1), layer.bias
         w = weight.reshape(self.groups, len(weight) // self.groups, weight.shape[1], -1)
         codes, zero, s_out, s_in = calibrate(w.float() if w.dtype.itemsize < 4 else w, n_bits)
@@ -168,9 +163,9 @@ class QuantLayer(nn.Module):
         return w.view(g * o, *kernel, i).movedim(-1, 1).to(dtype)
 
     def forward(self, x):
-        if self.num_buckets > 1 and self.buckets is None:
-            raise RuntimeError("a quantized layer was not told its timesteps: call the whole model that quantize() was given")
-        present, rows = self.buckets or ([0], None)
+        if self.num_buckets > 1 and self.told[0] is None:
+            raise RuntimeError("a quantized layer wasn't told its timesteps: call the model given to quantize, or see remember")
+        present, rows = self.told[0] or ([0], None)
         if rows is not None and len(x) != len(rows):
             raise ValueError(f"a quantized layer got {len(x)} samples for {len(rows)} timesteps; the batch must come first")
         if torch.is_autocast_enabled(x.device.type):
@@ -198,7 +193,6 @@ class QuantLayer(nn.Module):
 
 class QuantLinear(QuantLayer):
     channel = -1  # of (N, ..., C)
-
     matmul = staticmethod(F.linear)
     input_grad = staticmethod(lambda g, x, w: g @ w)
 
@@ -254,16 +248,15 @@ def quantize(model, n_bits=4, num_buckets=1, T=1000, scales="out+in", calibratio
             raise ValueError(f"layer '{name}' {reason}, or name it in keep_float")
         layers.setdefault(id(module), []).append(name)
     convs = [names[0] for names in layers.values() if isinstance(model.get_submodule(names[0]), nn.Conv2d)]
-    keep8 = list({*convs[:1], *convs[-1:]} if keep8 is None else keep8)
+    keep8 = list(dict.fromkeys(convs[:1] + convs[-1:]) if keep8 is None else keep8)
     model.requires_grad_(False)
+    model.quant_config, model.told = {**config, "keep8": keep8, "keep_float": list(keep_float)}, [None]
     for names in layers.values():
         old = model.get_submodule(names[0])
         kind, bits = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear, 8 if kept(names[0], keep8) else n_bits
-        new = kind(old, bits, num_buckets, scales, CALIBRATIONS[calibration]).train(old.training)
-        del old  # its float weight goes before the next layer's comes
+        new = kind(old, bits, num_buckets, scales, CALIBRATIONS[calibration], model.told).train(old.training)
         for name in names:
             model.set_submodule(name, new)
-    model.quant_config = {**config, "keep8": keep8, "keep_float": list(keep_float)}
     if num_buckets > 1:
         model.register_forward_pre_hook(_tell, with_kwargs=True)
         model.register_forward_hook(_forget, always_call=True)
@@ -283,35 +276,42 @@ def _refuse(model, name, module):
         return f"pads unevenly or with {module.padding_mode} for zeros: pad before the layer"
 
 
-def _layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
-
-
 def _tell(model, args, kwargs):
-    """Before the model's forward: its layers learn the buckets in the batch, and the place of each sample among them."""
+    """Before the model's forward: tell its layers the buckets in the batch and the place of each sample among them."""
     config = model.quant_config
     t = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get(config["timestep"])
     if t is None:
         raise ValueError(f"a model quantized with several buckets needs timesteps; give it '{config['timestep']}'")
     present, rows = bucket(t, config["num_buckets"], config["T"]).flatten().unique(return_inverse=True)
-    for layer in _layers(model).values():
-        layer.buckets = present.tolist(), rows if len(present) > 1 else None
+    model.told[0] = present.tolist(), rows if len(present) > 1 else None
 
 
 def _forget(model, *_):
     """After it, even where it failed: a layer called by itself then fails, and doesn't use what was told before."""
-    for layer in _layers(model).values():
-        layer.buckets = None
+    model.told[0] = None
+
+
+def remember(model):
+    """For torch.utils.checkpoint(..., use_reentrant=False, context_fn=partial(remember, model)): tells again in backward."""
+    @contextlib.contextmanager
+    def again(then):
+        model.told[0] = then
+        try:
+            yield
+        finally:
+            _forget(model)
+    return contextlib.nullcontext(), again(model.told[0])
 
 
 def merge(model, bucket=0):
     """A copy of model with plain float layers, whose weights are those of one bucket; IndexError where there is none."""
     model = copy.deepcopy(model)
-    for name, layer in _layers(model).items():
-        plain = layer.plain(bias=layer.bias is not None, device="meta").train(layer.training)
-        plain.weight = nn.Parameter(layer.weight(layer.d_out[bucket], layer.d_in and layer.d_in[bucket]).detach())
-        plain.bias = layer.bias
-        model.set_submodule(name, plain)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, QuantLayer):
+            plain = layer.plain(bias=layer.bias is not None, device="meta").train(layer.training)
+            plain.weight = nn.Parameter(layer.weight(layer.d_out[bucket], layer.d_in and layer.d_in[bucket]).detach())
+            plain.bias = layer.bias
+            model.set_submodule(name, plain)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_tell, _forget)]:
             del hooks[key]
@@ -321,7 +321,7 @@ def merge(model, bucket=0):
 
 def deltas(model):
     """The trained parameters by name: d_out.B (O,) and d_in.B (I,) of each layer and bucket B."""
-    return {f"{name}.{key}": delta for name, layer in _layers(model).items()
+    return {f"{name}.{key}": delta for name, layer in model.named_modules() if isinstance(layer, QuantLayer)
             for key, delta in layer.named_parameters() if key.startswith("d_")}
 
 

@@ -7,15 +7,17 @@ import copy
 import io
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import toy
 from model import Diffusion, UNet, load, save
-from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize
+from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize, remember
 from sample import BASE, Parser, guard, load_model, sample, to_png
 
 WORD = "sks"  # the rare word that becomes the subject's name
@@ -109,6 +111,9 @@ def finetune(model, args, instance, captions, saved=None):
             for name, p in trained.items():
                 p.copy_(saved["trained"][name])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
+    if args.checkpoint:
+        told_again = {"context_fn": partial(remember, model)} if args.bits < 32 else {}
+        model.call = partial(checkpoint, use_reentrant=False, **told_again)
     net = torch.compile(model) if args.compile else model
     for step in (bar := tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)):
         for group in optimizer.param_groups:  # warm up, then down to zero
@@ -177,6 +182,7 @@ def arguments(argv=None):
     number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument("--out", type=Path, help="folder to write (default: out/SUBJECT-BITSbit)")
+    run.add_argument("--checkpoint", action="store_true", help="a quarter of the activations kept, steps a third longer")
     run.add_argument("--compile", action="store_true", help="torch.compile: shorter steps after a minute or two of compiling")
     parser.device()
     args = parser.parse_args(argv)

@@ -50,9 +50,12 @@ def test_end_to_end(tuned):
 
 
 def test_same_seed_same_bits(tuned, tmp_path):
-    assert run(train, "--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "again") == 0
-    one, two = (torch.load(folder / "adapter.pt", weights_only=True) for folder in (tuned[0], tmp_path / "again"))
+    args = ("--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu")
+    assert run(train, *args, "--out", tmp_path / "again") == run(train, *args, "--checkpoint", "--out", tmp_path / "ckpt") == 0
+    folders = (tuned[0], tmp_path / "again", tmp_path / "ckpt")
+    one, two, checkpointed = (load(folder / "adapter.pt", "adapter") for folder in folders)
     assert torch.equal(one["deltas"], two["deltas"]) and one["fingerprint"] == two["fingerprint"] and one["deltas"].any()
+    assert torch.equal(one["deltas"], checkpointed["deltas"])
 
 
 def test_sample_needs_only_the_file(tuned, tmp_path):
@@ -76,7 +79,8 @@ def test_merged_and_packed_sampling_draw_the_same(tuned):
     assert hasattr(model, "quant_config")
 
 
-@pytest.mark.parametrize("args", [("--bits", 32), ("--bits", 2, "--scales", "out", "--calibration", "minmax")])
+@pytest.mark.parametrize("args", [("--bits", 32), ("--bits", 32, "--checkpoint"),
+                                  ("--bits", 2, "--scales", "out", "--calibration", "minmax")])
 def test_yardsticks(args, tmp_path, capsys):
     assert run(train, *args, "--steps", 1, "--sample-steps", 1, "--out", tmp_path) == 0
     assert ("full precision" if 32 in args else "PEQA, 2 bits") in capsys.readouterr().out
@@ -97,7 +101,8 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE", 2)
-    args = Namespace(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu")
+    args = Namespace(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu", compile=False,
+                     checkpoint=False)
     subject = toy.load_subject(BASE.parent / "subjects" / "mo")
     make = lambda: quantize(load_model(BASE), 4, 2, calibration="minmax")
     whole, parts, steps, track = [], [], [], train.track
