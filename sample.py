@@ -111,12 +111,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def guard(main):
-    """Run a script: bad input ends with one sentence and exit code 2, not with a traceback."""
+    """Run a script: bad input ends with one sentence and exit code 2, Ctrl-C with 130, neither with a traceback."""
     try:
         main()
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main():

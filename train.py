@@ -6,6 +6,8 @@ with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 import copy
 import io
 import shutil
+import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,51 @@ def timesteps(n, T, generator, focus=0.0):
     return ((u + focus * (2 * torch.pi * u).sin() / (2 * torch.pi)) * T).long().clamp(max=T - 1)  # u may round to 1
 
 
+def steps(title, args, first, write):
+    """The steps first to args.steps and a progress bar; write(step) saves a state now and then, at the end, and on Ctrl-C,
+    which waits for the step to be whole and then exits with 130."""
+    stop, old = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        for step in (bar := tqdm(range(first, args.steps), title, initial=first, total=args.steps)):
+            yield step, bar
+            if stop or (step + 1) % SAVE == 0 or step + 1 == args.steps:
+                write(step + 1)
+            if stop and step + 1 < args.steps:
+                bar.close()
+                print(f"stopped after step {step + 1} of {args.steps}, saved in {args.out / 'state.pt'}; go on with --resume")
+                sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def describe(args):
+    """What a run must share with the one that it resumes."""
+    return {key: str(value) for key, value in vars(args).items()
+            if key not in ("resume", "out", "device", "sample_steps", "compile", "checkpoint")}
+
+
+def resumed(args, kind):
+    """The last state of a run with the same arguments. Raises ValueError where there is none."""
+    saved = load(args.out / "state.pt", kind)
+    for half in args.out.glob("*.tmp"):  # of a process that was killed while it wrote
+        half.unlink()
+    was = saved.get("args", {})
+    differ = [key for key, value in describe(args).items() if was.get(key) != value]
+    if differ and not (args.pretrain and differ == ["steps"]):  # pretraining may go on for longer
+        was = " ".join(f"--{key} {was.get(key)}" for key in differ)
+        raise ValueError(f"{args.out / 'state.pt'} is of a run with {was}; resume with the same, or choose another --out")
+    return saved
+
+
+def check(loss, b, step, args):
+    """Raise ValueError where a loss (N,), of timestep buckets b (N,), is no number; deltas and states are then as they were."""
+    if not loss.isfinite().all():
+        good = f"{args.out / 'state.pt'} has step {step // SAVE * SAVE}" if step >= SAVE else "no state was saved yet"
+        raise ValueError(f"the loss is no longer finite at step {step}, timestep bucket {b[~loss.isfinite()].unique().tolist()}; "
+                         f"--lr {args.lr} is too high, lower it ({good})")
+
+
 def track(bar, averages, b, loss):
     """Show on the bar a running mean of the loss (N,) for each of the timestep buckets b (N,)."""
     for i in b.unique().tolist():
@@ -51,12 +98,19 @@ def pretrain(args):
     ema, diffusion, averages, first = copy.deepcopy(model), Diffusion(), {}, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     if args.resume:
-        saved = load(args.out / "state.pt", "pretraining")
+        saved = resumed(args, "pretraining")
         first = saved["step"]
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
     net = torch.compile(model) if args.compile else model
-    for step in (bar := tqdm(range(first, args.steps), "pretraining", initial=first, total=args.steps)):
+
+    def write(step):
+        save({"kind": "pretraining", "step": step, "args": describe(args), "model": model.state_dict(), "ema": ema.state_dict(),
+              "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
+        save({"kind": "model", "config": model.config, "step": step, "seed": args.seed,
+              "model": {name: value.half() for name, value in ema.state_dict().items()}}, args.out / "base.pt")
+
+    for step, bar in steps("pretraining", args, first, write):
         for group in optimizer.param_groups:  # warm up, hold, then down to zero over the last third
             group["lr"] = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.steps / 3))
         x0, words = toy.sample_scenes(args.batch, generator)
@@ -64,6 +118,7 @@ def pretrain(args):
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
         with torch.autocast(args.device, dtype=torch.bfloat16):
             loss = diffusion.loss(net, x0, words, t, eps)
+        check(loss, bucket(t, 4, diffusion.T), step, args)
         optimizer.zero_grad()
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -71,11 +126,6 @@ def pretrain(args):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10)))
         track(bar, averages, bucket(t, 4, diffusion.T), loss.detach())
-        if (step + 1) % SAVE == 0 or step + 1 == args.steps:
-            save({"kind": "pretraining", "step": step + 1, "model": model.state_dict(), "ema": ema.state_dict(),
-                  "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
-            save({"kind": "model", "config": model.config, "step": step + 1, "seed": args.seed,
-                  "model": {name: value.half() for name, value in ema.state_dict().items()}}, args.out / "base.pt")
     score_base(load_model(args.out / "base.pt", args.device), args.seed)
     print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
 
@@ -104,8 +154,6 @@ def finetune(model, args, instance, captions, saved=None):
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     drop = toy.DROP * (torch.arange(toy.SLOTS) > 1)  # never the subject's name
     if saved is not None:
-        if saved["trained"].keys() != trained.keys() or saved["total"] != args.steps:
-            raise ValueError(f"{args.out / 'state.pt'} is of a run with other arguments; resume with the same, or another --out")
         first = saved["step"]
         with torch.no_grad():
             for name, p in trained.items():
@@ -115,7 +163,12 @@ def finetune(model, args, instance, captions, saved=None):
         told_again = {"context_fn": partial(remember, model)} if args.bits < 32 else {}
         model.call = partial(checkpoint, use_reentrant=False, **told_again)
     net = torch.compile(model) if args.compile else model
-    for step in (bar := tqdm(range(first, args.steps), "fine-tuning", initial=first, total=args.steps)):
+
+    def write(step):
+        save({"kind": "fine-tuning", "step": step, "args": describe(args), "trained": trained,
+              "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
+
+    for step, bar in steps("fine-tuning", args, first, write):
         for group in optimizer.param_groups:  # warm up, then down to zero
             group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
         x0, words = toy.sample_scenes(args.batch, generator, rare=0)
@@ -126,15 +179,11 @@ def finetune(model, args, instance, captions, saved=None):
         eps = torch.randn(x0.shape, generator=generator)
         x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
         loss = diffusion.loss(net, x0, words, t, eps)
-        if not loss.isfinite().all():
-            raise ValueError(f"the loss is no longer finite at step {step}; lower --lr, {args.lr} is too high for this run")
+        check(loss, bucket(t, args.buckets, diffusion.T), step, args)
         optimizer.zero_grad()
         (loss[:args.batch].mean() + args.prior * loss[args.batch:].mean()).backward()
         optimizer.step()
         track(bar, averages, bucket(t, args.buckets if args.buckets > 1 else 4, diffusion.T), loss.detach())
-        if (step + 1) % SAVE == 0 or step + 1 == args.steps:
-            save({"kind": "fine-tuning", "step": step + 1, "total": args.steps, "trained": trained,
-                  "optimizer": optimizer.state_dict(), "generator": generator.get_state()}, args.out / "state.pt")
 
 
 def evaluate(model, parts, args):
@@ -209,7 +258,7 @@ def main():
     folder = BASE.parent / "subjects" / args.subject
     folder = folder if folder.is_dir() else args.subject
     (instance, captions), parts = toy.load_subject(folder, WORD), toy.read_parts(folder)
-    state = load(args.out / "state.pt", "fine-tuning") if args.resume else None
+    state = resumed(args, "fine-tuning") if args.resume else None
     model = load_model(args.base, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
 
