@@ -76,8 +76,8 @@ def swap(model, make):
 packed = partial(quantize, n_bits=4, calibration="minmax")  # the quickest: what is found doesn't change what is measured
 
 
-def lora_packed(model, rank):
-    model = packed(swap(model, lambda layer: LoRA(layer, rank)), scales="out", keep_float=("*.lora_a", "*.lora_b"))
+def lora_packed(model, rank, **kwargs):
+    model = packed(swap(model, lambda layer: LoRA(layer, rank)), scales="out", keep_float=("*.lora_a", "*.lora_b"), **kwargs)
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     return model

@@ -186,13 +186,13 @@ def finetune(model, args, instance, captions, saved=None):
         track(bar, averages, bucket(t, args.buckets if args.buckets > 1 else 4, diffusion.T), loss.detach())
 
 
-def evaluate(model, parts, args):
+def evaluate(model, parts, args, word=WORD):
     """Pictures of PROMPTS, EACH of each, and the means of their exact scores ({} where parts are not known)."""
-    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
+    words = torch.tensor([toy.caption(prompt.replace(WORD, word)) for prompt in PROMPTS for _ in range(EACH)])
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
-    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[WORD]).items()}
+    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[word]).items()}
 
 
 def draw_grid(instance, before, after, title, path):
@@ -226,7 +226,7 @@ def arguments(argv=None):
     number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 20000 to pretrain)", group=run)
     number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
     number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 8, or 64 to pretrain)", group=run)
-    number("--prior", float, 0, 100, 1.0, "weight of the class pictures' loss", group=run)
+    number("--prior", float, 0, 100, 0.3, "weight of the class pictures' loss", group=run)
     number("--sample-steps", int, 1, 1000, 40, "timesteps visited to draw the pictures that are scored", group=run)
     number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
