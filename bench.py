@@ -4,7 +4,6 @@ speed: training steps of eleven methods, taken in turn, several rounds, medians;
 bytes on disk; the time to quantize. scale: the same method on a UNet of 860 million parameters.
 """
 import copy
-import io
 import multiprocessing
 import statistics
 import time
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import toy
 from model import Diffusion, UNet
+from model import size as file_size
 from quant import CALIBRATIONS, adapter, merge, minmax, quantize, remember
 from sample import Parser, guard
 
@@ -252,16 +252,13 @@ def training(models, size, n, args):
 
 def disk_sampling_quantizing(size, args):
     """Tables of what needs no training: bytes on disk, sampling steps, and the time to quantize."""
-    base, buffer = build("full fine-tuning", size, args.device), io.BytesIO()
-    torch.save(base.state_dict(), buffer)
-    rows, quantized = [["32", f"{buffer.tell():,} (1.000)", ""]], {}
-    for n_bits in (8, 4, 3, 2):
-        model, file, small = packed(copy.deepcopy(base), n_bits=n_bits), io.BytesIO(), io.BytesIO()
-        quantized[f"{n_bits} bits"] = model
-        torch.save({name: value for name, value in model.state_dict().items() if ".d_" not in name}, file)
-        torch.save(adapter(model), small)
-        rows.append([f"{n_bits}", f"{file.tell():,} ({file.tell() / buffer.tell():.3f})", f"{small.tell():,}"])
-    print_table(f"On disk, {size} UNet", ["bits", "base, bytes", "adapter, bytes"], rows)
+    base = build("full fine-tuning", size, args.device)
+    quantized = {f"{n_bits} bits": packed(copy.deepcopy(base), n_bits=n_bits) for n_bits in (8, 4, 3, 2)}
+    rows = [["32 bits", f"{(whole := file_size(base.state_dict())):,} (1.000)", ""]]
+    for name, model in quantized.items():
+        file = file_size({key: value for key, value in model.state_dict().items() if ".d_" not in key})
+        rows.append([name, f"{file:,} ({file / whole:.3f})", f"{file_size(adapter(model)):,}"])
+    print_table(f"On disk, {size} UNet", ["weights", "base, bytes", "adapter, bytes"], rows)
 
     rows = []
     for n in (1, 16):

@@ -3,6 +3,7 @@
 Read from the top: residual block, attention, the UNet, then the process. N pictures of C channels, H x W pixels;
 L caption words; D channels inside the UNet; t counts timesteps from 0 (nearly the picture) to T - 1 (nearly noise).
 """
+import io
 import math
 import os
 
@@ -167,6 +168,12 @@ def save(obj, path, write=torch.save):
     except BaseException:
         os.path.exists(temporary) and os.remove(temporary)
         raise
+
+
+def size(obj):
+    """Bytes of obj in a file."""
+    torch.save(obj, file := io.BytesIO())
+    return file.tell()
 
 
 def load(path, *kinds):

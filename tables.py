@@ -1,23 +1,24 @@
-"""The README's tables and figures: python tables.py base | calibration | subjects | several | recovery | ablations | figures
+"""The README's tables and figures: python tables.py base | subjects | several | recovery | ablations | figures
 
 Each finished run is a line of out/tables.jsonl, and what is there is not run again: stop and go on as you like, in several
 processes if you like (--rows and --subjects choose). No table has the subjects that the defaults were tuned on.
 """
 import contextlib
-import io
 import json
 from fnmatch import fnmatch
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import torch
 
 import train
-from bench import lora_packed
+from bench import lora_packed, print_table
 from data import toy
-from model import Diffusion
-from quant import CALIBRATIONS, adapter, deltas, quantize
+from model import Diffusion, load, save, size
+from quant import CALIBRATIONS, adapter, bucket, deltas, quantize
 from sample import BASE, Parser, guard, load_model, sample
 
 DIFFUSION = Diffusion()
@@ -31,7 +32,7 @@ SUBJECTS = {"the base": "--bits 32 --steps 0", "full precision": "--bits 32",
 ABLATIONS = {MINE: "", "TuneQDM, N = 2, 4 bits": "--buckets 2", "TuneQDM, N = 4, 4 bits": "--buckets 4", "N = 8": "--buckets 8",
              "N = 4, edges even in log-SNR": "--buckets 4", "calibration: mse": "--calibration mse",
              "calibration: minmax": "--calibration minmax", "raw scales, lr 3e-6": "--lr 3e-6",
-             "raw scales, lr 3e-4": "--lr 3e-4", "raw scales, lr 3e-3": "--lr 3e-3", "lr 0.01": "--lr 0.01",
+             "raw scales, lr 3e-4": "--lr 3e-4", "raw scales, lr 1e-3": "--lr 1e-3", "lr 0.01": "--lr 0.01",
              "lr 0.1": "--lr 0.1", "500 steps": "--steps 500", "2000 steps": "--steps 2000", "prior weight 0": "--prior 0",
              "prior weight 1": "--prior 1", "prior weight 3": "--prior 3"}
 SEVERAL = {f"{name}, together": f"{flags} --steps 2000" for name, flags in {
@@ -39,33 +40,22 @@ SEVERAL = {f"{name}, together": f"{flags} --steps 2000" for name, flags in {
     "TuneQDM, N = 2, 4 bits": "--buckets 2"}.items()}
 TOGETHER = ["bix+fen", "gil+luz", "ori+tam", "bix+fen+gil", "luz+ori+tam"]
 SCORES = {"parts": "parts right", "identity": "whole subject", "both parts": "parts, both in one picture",
-          "both identity": "both whole", "prompt": "prompt right", "drift": "in other creatures"}
+          "both identity": "both whole", "prompt": "prompt right", "red parts": "in other creatures"}
 
 
-def once(args, key, measure):
+def lines(args, **key):
+    """The lines of the log that have this key."""
+    found = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
+    return [line for line in found if key.items() <= line.items()]
+
+
+def once(args, measure, **key):
     """The line of the log that has this key; measured and appended where there is none."""
-    for line in lines(args):
-        if key.items() <= line.items():
-            return line
-    line = {**key, **measure()}
-    with args.log.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    return line
-
-
-def lines(args):
-    return [json.loads(line) for line in args.log.read_text().splitlines()] if args.log.exists() else []
-
-
-def size(obj):
-    """Bytes of obj in a file."""
-    torch.save(obj, file := io.BytesIO())
-    return file.tell()
-
-
-def print_table(*rows):
-    for i, row in enumerate(rows):
-        print(f"| {' | '.join(row)} |" + ("\n|" + "---|" * len(row)) * (i == 0))
+    if not lines(args, **key):
+        line = json.dumps({**key, **measure()}) + "\n"
+        with args.log.open("a") as file:
+            file.write(line)
+    return lines(args, **key)[0]
 
 
 def mean_sd(values):
@@ -74,9 +64,9 @@ def mean_sd(values):
 
 
 @torch.no_grad()
-def losses(model, x0, words, t, seed=12345):
-    """Squared error of v for each of x0 (N, 3, 16, 16) at t (N,), with fixed noise: (N,)."""
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+def losses(model, x0, words, t, generator):
+    """Squared error of v for each of x0 (N, 3, 16, 16) at t (N,): (N,)."""
+    eps = torch.randn(x0.shape, generator=generator)
     parts = zip(*(a.split(128) for a in (x0.contiguous(memory_format=torch.channels_last), words, t, eps)))
     return torch.cat([DIFFUSION.loss(model, *part) for part in parts])
 
@@ -84,8 +74,7 @@ def losses(model, x0, words, t, seed=12345):
 def validation_loss(model, n=1024, seed=12345):
     """Mean squared error of v on n fixed scenes, timesteps and noises."""
     generator = torch.Generator().manual_seed(seed)
-    x0, words = toy.sample_scenes(n, generator)
-    return losses(model, x0, words, train.timesteps(n, DIFFUSION.T, generator), seed).mean().item()
+    return losses(model, *toy.sample_scenes(n, generator), train.timesteps(n, DIFFUSION.T, generator), generator).mean().item()
 
 
 class RawAdam(torch.optim.Adam):
@@ -97,12 +86,11 @@ class RawAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
-        deltas = self.param_groups[0]["params"]
-        for d, s0 in zip(deltas, self.s0):
-            d.copy_(s0 * d.exp())
-            d.grad /= d  # dL/ds = dL/dd / s
+        pairs = list(zip(self.param_groups[0]["params"], self.s0))
+        for d, s0 in pairs:
+            d.grad /= d.copy_(s0 * d.exp())  # now d is s, and dL/ds = dL/dd / s
         super().step()
-        for d, s0 in zip(deltas, self.s0):
+        for d, s0 in pairs:
             d.copy_((d / s0).clamp(min=1e-3).log())
 
 
@@ -113,18 +101,13 @@ def log_snr_bucket(t, num_buckets, T):
     return (log_snr[torch.as_tensor(t)][..., None] < edges).sum(-1)
 
 
-@contextlib.contextmanager
 def variant(row, model):
-    """What an ablation changes that is no flag of train.py."""
-    with contextlib.ExitStack() as stack:
-        if row.startswith("raw scales"):
-            names = [name.rsplit(".", 2) for name in deltas(model)]
-            s0 = [getattr(model.get_submodule(layer), delta.replace("d_", "s_")) for layer, delta, _ in names]
-            stack.enter_context(mock.patch("torch.optim.Adam", partial(RawAdam, s0=s0)))
-        if "log-SNR" in row:
-            for module in ("quant", "train", "sample"):
-                stack.enter_context(mock.patch(f"{module}.bucket", log_snr_bucket))
-        yield
+    """What an ablation changes that is no flag of train.py: mock.patches."""
+    if row.startswith("raw scales"):
+        names = [name.rsplit(".", 2) for name in deltas(model)]
+        s0 = [getattr(model.get_submodule(layer), delta.replace("d_", "s_")) for layer, delta, _ in names]
+        return [mock.patch("torch.optim.Adam", partial(RawAdam, s0=s0))]
+    return [mock.patch(f"{module}.bucket", log_snr_bucket) for module in ("quant", "train", "sample") if "log-SNR" in row]
 
 
 def prepare(args, row, flags, subject, seed):
@@ -145,62 +128,55 @@ def tune(args, row, flags, subject, seed):
     model, run = prepare(args, row, flags, subject, seed)
     subjects = {word: BASE.parent / "subjects" / name for word, name in zip(toy.RARE, subject.split("+"))}
     run.out.mkdir(parents=True, exist_ok=True)
-    with variant(row, model):
+    with contextlib.ExitStack() as stack:
+        for patch in variant(row, model):
+            stack.enter_context(patch)
         if run.steps:
             sets = [toy.load_subject(folder, word) for word, folder in subjects.items()]
             train.finetune(model, run, *map(torch.cat, zip(*sets)))
         scores = measure(model, {word: toy.read_parts(folder) for word, folder in subjects.items()}, run)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if run.steps else {}
     rest = {name: value for name, value in model.state_dict().items() if name not in trained}
-    mine = {"kind": "adapter", **adapter(model)} if trained.keys() == deltas(model).keys() else trained
-    return {"trained": sum(p.numel() for p in trained.values()), "bytes": size(mine) if trained else 0,
-            "base bytes": size(rest), **scores}
+    mine = {"kind": "adapter", **adapter(model)} if trained and trained.keys() == deltas(model).keys() else trained
+    return {"trained": sum(p.numel() for p in trained.values()), "bytes": len(trained) and size(mine), "base bytes": size(rest),
+            **scores}
 
 
 def measure(model, parts, run):
     """Exact scores for each word of parts, its subject's parts: alone, two in one picture, and in red creatures."""
-    found = [train.evaluate(model, mine, run, word)[1] for word, mine in parts.items()]
-    for i, (a, b) in enumerate(zip(parts, list(parts)[1:])):
-        words = torch.tensor([toy.caption(f"{a} creature and {b} creature {prompt[prompt.index('on '):]}")
-                              for prompt in train.PROMPTS for _ in range(train.EACH)])
-        images = sample(model, words, run.sample_steps, seed=run.seed + 1 + i)
-        for word in (a, b):
-            scores = toy.score(images, words, parts[word], toy.WORD[word])
-            found.append({f"both {key}": scores[key].mean().item() for key in ("parts", "identity")})
-    words = torch.tensor([toy.caption("red creature")] * 40)
-    images = sample(model, words, run.sample_steps, seed=run.seed)
-    found += [{"drift": toy.score(images, words, mine, toy.WORD["red"])["parts"].mean().item()} for mine in parts.values()]
-    return {key: sum(f[key] for f in found if key in f) / sum(key in f for f in found) for key in SCORES
-            if any(key in f for f in found)}
+    found = []
+
+    def draw(prompts, names, label, seed):
+        words = torch.tensor([toy.caption(prompt) for prompt in prompts for _ in range(train.EACH)])
+        images = sample(model, words, run.sample_steps, seed=seed)
+        for word, name in names.items():
+            scores = toy.score(images, words, parts[word], toy.WORD[name])
+            found.append({label + key: value.mean().item() for key, value in scores.items()})
+
+    for word in parts:
+        draw([prompt.replace(train.WORD, word) for prompt in train.PROMPTS], {word: word}, "", run.seed)
+    for a, b in zip(parts, list(parts)[1:]):
+        both = [f"{a} creature and {b} creature on {prompt.split(' on ')[1]}" for prompt in train.PROMPTS]
+        draw(both, {a: a, b: b}, "both ", run.seed + 1)
+    draw(["red creature"] * len(train.PROMPTS), dict.fromkeys(parts, "red"), "red ", run.seed)
+    return {key: sum(f.get(key, 0) for f in found) / n for key in SCORES if (n := sum(key in f for f in found))}
 
 
-def fill(args, rows, subjects):
-    """Do what is not yet done of rows x subjects x seeds, and print the rows with means and standard deviations."""
-    for seed in range(args.seeds):
-        for row, flags in rows.items():
-            for subject in subjects:
-                if any(fnmatch(row, pattern) for pattern in args.rows) and set(subject.split("+")) <= set(args.subjects):
-                    key = {"row": row, "subject": subject, "seed": seed}
-                    once(args, key, partial(tune, args, row, flags, subject, seed))
-    runs = {row: {(run["subject"], run["seed"]): run for run in lines(args) if run.get("row") == row
-                  and run["subject"] in subjects} for row in rows}
-    runs = {row: found for row, found in runs.items() if found}
+def fill(args, title, rows, subjects, pairs, keys=("parts", "identity")):
+    """Do what is not yet done of rows x subjects x seeds; print means and standard deviations over subjects and seeds, of
+    each row, and of the differences of pairs of rows, subject by subject and seed by seed."""
+    for seed, (row, flags), subject in product(range(args.seeds), rows.items(), subjects):
+        if any(fnmatch(row, pattern) for pattern in args.rows) and set(subject.split("+")) <= set(args.subjects):
+            once(args, partial(tune, args, row, flags, subject, seed), row=row, subject=subject, seed=seed)
+    runs = {row: {(run["subject"], run["seed"]): run for run in lines(args, row=row) if run["subject"] in subjects}
+            for row in rows}
     columns = [key for key in SCORES if all(key in run for found in runs.values() for run in found.values())]
-    table = [["method", "trained", "adapter bytes", *(SCORES[key] for key in columns), "runs"]]
-    for row, found in runs.items():
-        one = next(iter(found.values()))
-        scores = [mean_sd([run[key] for run in found.values()]) for key in columns]
-        table.append([row, f"{one['trained']:,}", f"{one['bytes']:,}", *scores, str(len(found))])
-    print_table(*table)
-    return runs
-
-
-def differences(runs, pairs, keys=("parts", "identity")):
-    """Print the mean and the standard deviation of differences, subject by subject and seed by seed."""
-    print()
+    cells = lambda found: [f"{found[0]['trained']:,}", f"{found[0]['bytes']:,}",
+                           *(mean_sd([run[key] for run in found]) for key in columns), str(len(found))]
+    print_table(title, ["method", "trained", "adapter bytes", *(SCORES[key] for key in columns), "runs"],
+                [[row, *cells(list(found.values()))] for row, found in runs.items() if found])
     for a, b in pairs:
-        shared = runs.get(a, {}).keys() & runs.get(b, {}).keys()
-        if shared:
+        if shared := runs[a].keys() & runs[b].keys():
             what = ", ".join(f"{SCORES[key]} {mean_sd([runs[a][k][key] - runs[b][k][key] for k in shared])}" for key in keys)
             print(f"{a} - {b}: {what} ({len(shared)} pairs)")
 
@@ -210,46 +186,32 @@ def base(args):
     train.score_base(load_model(BASE), seed=0)
 
 
-def calibration(args):
-    """Validation loss of the base after quantization, before any tuning."""
-    rows = [["32", f"{validation_loss(load_model(BASE)):.5f}", *("",) * (len(CALIBRATIONS) - 1)]]
-    for bits in sorted(WIDTHS, reverse=True):
-        rows.append([str(bits), *(f"{validation_loss(quantize(load_model(BASE), bits, calibration=name)):.5f}"
-                                  for name in CALIBRATIONS)])
-    print_table(["bits", *CALIBRATIONS], *rows)
-
-
 def subjects(args):
     """Fine-tune to one subject."""
-    runs = fill(args, SUBJECTS, toy.TABLE)
-    mine = [f"TuneQDM, N = {n}, {bits} bits" for bits in WIDTHS for n in (1, 2, 4)]
-    differences(runs, [(row, "full precision") for row in mine] +
-                [(row, f"PEQA, {row.split(', ')[-1]}") for row in mine])
+    pairs = [(f"TuneQDM, N = {n}, {bits} bits", yardstick) for bits, n in product(WIDTHS, (1, 2, 4))
+             for yardstick in ("full precision", f"PEQA, {bits} bits")]
+    fill(args, "one subject", SUBJECTS, toy.TABLE, pairs)
 
 
 def several(args):
     """Fine-tune to two and to three subjects at once."""
-    for n, title in ((2, "two subjects"), (3, "three subjects")):
-        print(f"\n{title}")
-        runs = fill(args, SEVERAL, [names for names in TOGETHER if names.count("+") == n - 1])
-        differences(runs, [(row, "full precision, together") for row in list(SEVERAL)[2:]], list(SCORES)[:4])
+    for n in (2, 3):
+        fill(args, f"{n} subjects", SEVERAL, [names for names in TOGETHER if len(names.split("+")) == n],
+             [(row, "full precision, together") for row in list(SEVERAL)[2:]], list(SCORES)[:4])
 
 
 def ablations(args):
     """Fine-tune with one thing changed."""
-    runs = fill(args, ABLATIONS, toy.TABLE)
-    differences(runs, [(row, MINE) for row in list(ABLATIONS)[1:]])
+    fill(args, "one thing changed", ABLATIONS, toy.TABLE, [(row, MINE) for row in list(ABLATIONS)[1:]])
 
 
 def recover(bits, name, steps, seed=0, lr=0.003):
     """Quantize the base, tune its scales (32: all of it) on the pretraining set; validation loss before and after."""
-    model = load_model(BASE)
-    if bits < 32:
-        quantize(model, bits, calibration=name)
+    model = load_model(BASE) if bits == 32 else quantize(load_model(BASE), bits, calibration=name)
     before, generator = validation_loss(model), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr if bits < 32 else lr / 10)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     for step in train.tqdm(range(steps), f"{bits} bits, {name}"):
-        optimizer.param_groups[0]["lr"] *= 1 if step == 0 else (steps - step) / (steps - step + 1)  # linearly to zero
+        optimizer.param_groups[0]["lr"] = (lr if bits < 32 else lr / 10) * (1 - step / steps)
         x0, words = toy.sample_scenes(64, generator)
         t, eps = train.timesteps(64, DIFFUSION.T, generator), torch.randn(x0.shape, generator=generator)
         optimizer.zero_grad()
@@ -260,28 +222,126 @@ def recover(bits, name, steps, seed=0, lr=0.003):
 
 def recovery(args):
     """Tune scales on the pretraining set: how much of the quantization gap is recovered?"""
-    steps, rows = 500 // args.less, []
-    goal = once(args, {"recovery": 32, "calibration": ""}, partial(recover, 32, "", steps))
+    steps, rows = 300 // args.less, []
+    goal = once(args, partial(recover, 32, "", steps), recovery=32, calibration="")
     for bits in sorted(WIDTHS, reverse=True):
         for name in CALIBRATIONS:
-            run = once(args, {"recovery": bits, "calibration": name}, partial(recover, bits, name, steps))
+            run = once(args, partial(recover, bits, name, steps), recovery=bits, calibration=name)
             share = (run["before"] - run["after"]) / (run["before"] - goal["before"])
             rows.append([str(bits), name, f"{run['before']:.5f}", f"{run['after']:.5f}", f"{share:.0%}"])
-    print_table(["bits", "calibration", "quantized", "tuned", "recovered"],
-                ["32", "", f"{goal['before']:.5f}", f"{goal['after']:.5f}", ""], *rows)
+    print_table("validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"],
+                [["32", "", f"{goal['before']:.5f}", f"{goal['after']:.5f}", ""], *rows])
+
+
+def restored(args, row, subject="bix", seed=0):
+    """A row's model, fine-tuned where the row says so, and its run's arguments. Raises ValueError where it wasn't run."""
+    model, run = prepare(args, row, SUBJECTS[row], subject, seed)
+    if run.steps:
+        model.load_state_dict(load(run.out / "state.pt", "fine-tuning")["trained"], strict=False)
+    return model.eval(), run
+
+
+def draw_samples(args):
+    """A column for each method, a row for each prompt."""
+    rows = ["the base", "full precision", "untuned, 4 bits", "PEQA, 4 bits", MINE, "LoRA r = 2, packed base, 4 bits"]
+    _, axes = plt.subplots(1, len(rows), figsize=(8, 9))
+    for axis, row in zip(axes, rows):
+        model, run = restored(args, row)
+        picture = toy.to_grid(train.evaluate(model, None, run)[0][::train.EACH], 1)
+        axis.imshow(picture), axis.set_title(row.replace(", ", "\n"), fontsize=8), axis.set_xticks([]), axis.set_yticks([])
+    places = (torch.arange(len(train.PROMPTS)) + 0.5) * picture.height / len(train.PROMPTS)
+    axes[0].set_yticks(places, [prompt.replace(" and", "\nand").replace(" on", "\non") for prompt in train.PROMPTS], fontsize=8)
+
+
+def explained(w, dw, rounds=50):
+    """How scales explain the change dw of weights w, both (O, I, K): for each kernel's own scale, s_out alone, and
+    s_out x s_in, the relative change (O, I) nearest to dw (least squares) and the share of dw's variance that it explains."""
+    ww, wd = w.square().sum(2), (w * dw).sum(2)
+    target, s_in = ww + wd, torch.ones_like(w[:1, :, 0])
+    changes = [wd / ww, (wd.sum(1, True) / ww.sum(1, True)).expand_as(ww)]
+    for _ in range(rounds):
+        s_out = (target * s_in).sum(1, True) / (ww * s_in.square()).sum(1, True)
+        s_in = (target * s_out).sum(0, True) / (ww * s_out.square()).sum(0, True)
+    changes.append(s_out * s_in - 1)
+    return [(change, 1 - (dw - change[..., None] * w).square().sum() / dw.square().sum()) for change in changes]
+
+
+def draw_weights(args, name="middle.0.conv1"):
+    """What full fine-tuning does to a layer, and what of it scales can express."""
+    before, after = (restored(args, row)[0].state_dict() for row in ("the base", "full precision"))
+    layers = {key: explained(*(v.flatten(2) if v.dim() > 2 else v[..., None] for v in (w, after[key] - w)))
+              for key, w in before.items() if w.dim() in (2, 4) and key not in ("words.weight", "slots")}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8))
+    for axis, what, (change, share), *all_shares in zip(axes, ("each kernel's best scale", "s_out alone", "s_out x s_in"),
+                                                       layers[name + ".weight"], *layers.values()):
+        shares = torch.tensor([share for _, share in all_shares])
+        shown = axis.imshow(change, cmap="RdBu", vmin=-0.5, vmax=0.5)
+        axis.set_title(f"{what}: {share:.1%} of the change\n(all layers: median {shares.median():.1%})", fontsize=9)
+        axis.set_xlabel("input channel"), axis.set_ylabel("output channel")
+    figure.colorbar(shown, ax=axes, label="relative change")
+
+
+def draw_losses(args, bins=25, each=40):
+    """Loss by timestep on the subject, in new places and before new backgrounds."""
+    parts, generator = toy.read_parts(BASE.parent / "subjects" / "bix"), torch.Generator().manual_seed(1)
+    n, sprite = bins * each, int((toy.sprites()[2] == parts).all(1).nonzero())
+    spots, ground = (torch.randint(high, (n,), generator=generator) for high in (len(toy.SPOTS), len(toy.backgrounds())))
+    x0 = toy.render(ground, [(torch.full((n,), sprite), *torch.tensor(toy.SPOTS)[spots].T)])
+    captions = [toy.caption(f"sks creature on {' '.join(where)}") for where in product(toy.COLORS, toy.PATTERNS)]
+    words = torch.tensor(captions)[ground]
+    t = (torch.arange(bins).repeat_interleave(each) + 0.5).mul(DIFFUSION.T / bins).long()
+    _, axis = plt.subplots(figsize=(6.5, 3.5))
+    for row in ("the base", "untuned, 4 bits", "PEQA, 4 bits", MINE, "full precision"):
+        loss = losses(restored(args, row)[0], x0, words, t, generator.manual_seed(2))
+        axis.semilogy(t[::each], loss.view(bins, each).mean(1), label=row)
+    axis.set_xlabel("timestep"), axis.set_ylabel("squared error of v"), axis.legend(fontsize=8)
+
+
+def draw_bytes(args):
+    """The bytes of a subject against its fidelity."""
+    _, axis = plt.subplots(figsize=(6.5, 4))
+    for row in list(SUBJECTS)[1:]:
+        if (runs := lines(args, row=row)) and runs[0]["trained"]:
+            parts = torch.tensor([run["parts"] for run in runs])
+            axis.errorbar(runs[0]["bytes"] + runs[0]["base bytes"], parts.mean(), parts.std(correction=0), fmt="o", label=row)
+    axis.set_xscale("log"), axis.set_xlabel("bytes of the base and one subject"), axis.set_ylabel("parts right")
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_denoising(args, steps=12):
+    """One picture step by step: what the model sees and what it expects, with the bucket whose scales did it."""
+    model, seen = restored(args, "TuneQDM, N = 2, 4 bits")[0], []
+    model.register_forward_hook(lambda _, inputs, v: seen.append((inputs[0], inputs[1], DIFFUSION.to_x0_eps(v, *inputs[:2])[0])))
+    sample(model, torch.tensor([toy.caption("sks creature on blue stripes")]), steps, cfg_scale=1, packed=True)
+    _, axes = plt.subplots(2, steps, figsize=(steps, 2.6))
+    for (x, t, x0), column in zip(seen, axes.T):
+        n = int(bucket(t, model.quant_config["num_buckets"], DIFFUSION.T))
+        for axis, image in zip(column, (x, x0)):
+            axis.imshow(toy.to_grid(image, 1)), axis.set_xticks([]), axis.set_yticks([])
+            axis.spines[:].set(color=f"C{n}", linewidth=4)
+        column[0].set_title(f"t = {int(t)}\nbucket {n}", fontsize=8)
+    axes[0, 0].set_ylabel("x_t", fontsize=8), axes[1, 0].set_ylabel("its x0", fontsize=8)
+
+
+def figures(args):
+    """Draw figures/*.png from the runs of the table of subjects."""
+    for draw in (draw_samples, draw_weights, draw_losses, draw_bytes, draw_denoising):
+        path = BASE.parents[1] / "figures" / f"{draw.__name__[5:]}.png"
+        draw(args)
+        save(plt.gcf(), path, lambda figure, file: figure.savefig(file, format="png", dpi=80, bbox_inches="tight"))
+        print(f"wrote {path}: {draw.__doc__}")
 
 
 def main():
-    parser, tables = Parser(description=__doc__.split("\n")[0]), (base, calibration, subjects, several, recovery, ablations)
+    parser = Parser(description=__doc__.split("\n")[0])
+    tables = base, subjects, several, recovery, ablations, figures
     parser.add_argument("table", choices=[table.__name__ for table in tables])
     parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, default=toy.TABLE, help="those to run now (default: all)")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run now (default: all)")
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
-    parser.add_argument("--quick", action="store_true", help="two subjects and a tenth of the steps: does it work? Kept in out/quick.jsonl")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, kept in out/quick.jsonl")
     args = parser.parse_args()
-    args.log, args.less = Path("out/tables.jsonl"), 1
-    if args.quick:
-        args.log, args.less, args.subjects = Path("out/quick.jsonl"), 10, toy.TABLE[:2]
+    args.log, args.less = (Path("out/quick.jsonl"), 10) if args.quick else (Path("out/tables.jsonl"), 1)
     args.log.parent.mkdir(exist_ok=True)
     {table.__name__: table for table in tables}[args.table](args)
 

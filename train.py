@@ -4,7 +4,6 @@ The stages, in order: load the base (or make it: --pretrain), quantize it, fine-
 with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 import copy
-import io
 import shutil
 import signal
 import sys
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import toy
-from model import Diffusion, UNet, load, save
+from model import Diffusion, UNet, load, save, size
 from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize, remember
 from sample import BASE, Parser, guard, load_model, sample, to_png
 
@@ -186,13 +185,13 @@ def finetune(model, args, instance, captions, saved=None):
         track(bar, averages, bucket(t, args.buckets if args.buckets > 1 else 4, diffusion.T), loss.detach())
 
 
-def evaluate(model, parts, args, word=WORD):
+def evaluate(model, parts, args):
     """Pictures of PROMPTS, EACH of each, and the means of their exact scores ({} where parts are not known)."""
-    words = torch.tensor([toy.caption(prompt.replace(WORD, word)) for prompt in PROMPTS for _ in range(EACH)])
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
-    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[word]).items()}
+    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[WORD]).items()}
 
 
 def draw_grid(instance, before, after, title, path):
@@ -273,9 +272,8 @@ def main():
     finetune(model, args, instance, captions, state)
 
     # save
-    base, tuned, subject = io.BytesIO(), args.out / "tuned.pt", args.out / "adapter.pt"
-    mine = deltas(model)
-    torch.save({**file, "model": {name: value for name, value in model.state_dict().items() if name not in mine}}, base)
+    tuned, subject, mine = args.out / "tuned.pt", args.out / "adapter.pt", deltas(model)
+    base = size({**file, "model": {name: value for name, value in model.state_dict().items() if name not in mine}})
     if args.bits < 32:
         save({"kind": "adapter", **adapter(model)}, subject)
         load_adapter(model, load(subject, "adapter"))  # what is scored is what was saved
@@ -285,8 +283,8 @@ def main():
     after, score_after = evaluate(model, parts, args)
     title = "full precision" if args.bits == 32 else f"{'PEQA' if args.scales == 'out' else 'TuneQDM'}, {args.bits} bits"
     draw_grid(instance, before, after, title, args.out / "grid.png")
-    size = (subject if args.bits < 32 else tuned).stat().st_size
-    row = {"method": title, "buckets": args.buckets, "base bytes": f"{base.tell():,}", "subject bytes": f"{size:,}",
+    row = {"method": title, "buckets": args.buckets, "base bytes": f"{base:,}",
+           "subject bytes": f"{(subject if args.bits < 32 else tuned).stat().st_size:,}",
            "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"}
     for key, label in (("parts", "parts right"), ("identity", "whole subject"), ("prompt", "prompt right")):
         row[label] = f"{score_before[key]:.2f} -> {score_after[key]:.2f}" if parts is not None else "not known"
