@@ -269,14 +269,13 @@ def explained(w, dw, rounds=50):
 def draw_weights(args, name="middle.0.conv1"):
     """What full fine-tuning does to a layer, and what of it scales can express."""
     before, after = (restored(args, row)[0].state_dict() for row in ("the base", "full precision"))
-    layers = {key: explained(*(v.flatten(2) if v.dim() > 2 else v[..., None] for v in (w, after[key] - w)))
-              for key, w in before.items() if w.dim() in (2, 4) and key not in ("words.weight", "slots")}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8))
+    layers = {key: explained(w.flatten(2), (after[key] - w).flatten(2)) for key, w in before.items() if w.shape[2:] == (3, 3)}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for axis, what, (change, share), *all_shares in zip(axes, ("each kernel's best scale", "s_out alone", "s_out x s_in"),
                                                        layers[name + ".weight"], *layers.values()):
         shares = torch.tensor([share for _, share in all_shares])
-        shown = axis.imshow(change, cmap="RdBu", vmin=-0.5, vmax=0.5)
-        axis.set_title(f"{what}: {share:.1%} of the change\n(all layers: median {shares.median():.1%})", fontsize=9)
+        shown = axis.imshow(change, cmap="RdBu", vmin=-0.2, vmax=0.2)
+        axis.set_title(f"{what}: {share:.1%} of the change\n(3x3 convolutions: median {shares.median():.1%})", fontsize=10)
         axis.set_xlabel("input channel"), axis.set_ylabel("output channel")
     figure.colorbar(shown, ax=axes, label="relative change")
 
@@ -313,12 +312,12 @@ def draw_denoising(args, steps=12):
     model, seen = restored(args, "TuneQDM, N = 2, 4 bits")[0], []
     model.register_forward_hook(lambda _, inputs, v: seen.append((inputs[0], inputs[1], DIFFUSION.to_x0_eps(v, *inputs[:2])[0])))
     sample(model, torch.tensor([toy.caption("sks creature on blue stripes")]), steps, cfg_scale=1, packed=True)
-    _, axes = plt.subplots(2, steps, figsize=(steps, 2.6))
+    _, axes = plt.subplots(2, steps, figsize=(steps, 2.4))
     for (x, t, x0), column in zip(seen, axes.T):
         n = int(bucket(t, model.quant_config["num_buckets"], DIFFUSION.T))
         for axis, image in zip(column, (x, x0)):
             axis.imshow(toy.to_grid(image, 1)), axis.set_xticks([]), axis.set_yticks([])
-            axis.spines[:].set(color=f"C{n}", linewidth=4)
+            axis.spines[:].set(color=f"C{n}", linewidth=3)
         column[0].set_title(f"t = {int(t)}\nbucket {n}", fontsize=8)
     axes[0, 0].set_ylabel("x_t", fontsize=8), axes[1, 0].set_ylabel("its x0", fontsize=8)
 

@@ -1,0 +1,129 @@
+"""What tables.py computes of its own, against independent references; a run is done once; a table says what the log says."""
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import tables
+from data import toy
+from model import Diffusion, UNet, save
+from quant import QuantLayer, deltas, quantize
+
+
+def args_of(folder, **kwargs):
+    return Namespace(**{"log": folder / "runs.jsonl", "less": 1, "rows": ["*"], "subjects": toy.TABLE, "seeds": 1, **kwargs})
+
+
+def test_raw_adam_is_adam_on_the_scales():
+    torch.manual_seed(0)
+    layer = quantize(nn.Sequential(nn.Linear(6, 5)), 4)[0]
+    x, target = torch.randn(8, 6), torch.randn(8, 5)
+    codes = (layer.weight() / layer.s_out[:, None] / layer.s_in).detach()
+    s_out, s_in = layer.s_out.clone().requires_grad_(), layer.s_in.clone().requires_grad_()
+    plain = torch.optim.Adam([s_out, s_in], lr=2e-4)
+    raw = tables.RawAdam([layer.d_out[0], layer.d_in[0]], [layer.s_out, layer.s_in], lr=2e-4)
+    for _ in range(20):
+        for optimizer, y in ((plain, F.linear(x, s_out[:, None] * codes * s_in, layer.bias)), (raw, layer(x))):
+            optimizer.zero_grad()
+            (y - target).square().mean().backward()
+            optimizer.step()
+    assert (s_out - layer.s_out).abs().max() > 2e-3
+    torch.testing.assert_close(layer.s_out * layer.d_out[0].exp(), s_out.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(layer.s_in * layer.d_in[0].exp(), s_in.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_buckets_even_in_log_snr():
+    abar = Diffusion().alphas_cumprod.tolist()
+    snr = [torch.tensor(a / (1 - a)).log().item() for a in abar]
+    width = (snr[0] - snr[-1]) / 4
+    expected = [min(int((snr[0] - s) / width), 3) for s in snr]
+    got = tables.log_snr_bucket(torch.arange(1000), 4, 1000).tolist()
+    assert sum(a != b for a, b in zip(got, expected)) <= 3  # at an edge, rounding decides
+    assert got == sorted(got) and set(got) == {0, 1, 2, 3}
+    assert int(tables.log_snr_bucket(999, 4, 1000)) == 3
+
+
+def test_a_variant_reaches_training_and_sampling():
+    model = quantize(UNet(channels=(16, 32), attention=(1,), c_emb=32, c_words=16), 4, num_buckets=4)
+    seen, layer = [], next(m for m in model.modules() if isinstance(m, QuantLayer))
+    layer.register_forward_hook(lambda layer, *_: seen.append(layer.told[0][0]))
+    t = torch.tensor([700])
+    x, words = torch.zeros(1, 3, 16, 16), torch.zeros(1, 7, dtype=torch.long)
+    model(x, t, words)
+    with tables.mock.patch("quant.bucket", tables.log_snr_bucket):
+        model(x, t, words)
+    assert seen == [[2], [int(tables.log_snr_bucket(700, 4, 1000))]] and seen[0] != seen[1]
+    assert [patch.attribute for patch in tables.variant("N = 4, edges even in log-SNR", model)] == ["bucket"] * 3
+    assert tables.variant("lr 0.1", model) == []
+
+
+@pytest.mark.parametrize("kernel", [1, 9])
+def test_explained_shares_are_those_of_a_best_fit(kernel):
+    generator = torch.Generator().manual_seed(kernel)
+    w, dw = torch.randn(2, 7, 5, kernel, dtype=torch.float64, generator=generator)
+    each, rows, both = tables.explained(w, dw, 2000)
+    total = dw.square().sum()
+    left = lambda w, dw: dw - w * torch.linalg.lstsq(w.flatten()[:, None], dw.flatten()[:, None]).solution.item()
+    of_rows = sum(left(w[o], dw[o]).square().sum() for o in range(7))
+    of_each = sum(left(w[o, i], dw[o, i]).square().sum() for o in range(7) for i in range(5))
+    torch.testing.assert_close(rows[1], 1 - of_rows / total)
+    torch.testing.assert_close(each[1], 1 - of_each / total)
+    a, b = torch.ones(7, dtype=torch.float64, requires_grad=True), torch.ones(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([a, b], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (dw - (a[:, None, None] * b[:, None] - 1) * w).square().sum() / total
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert both[1] >= 1 - closure().item() - 1e-6 and both[1] > rows[1]
+    torch.testing.assert_close(both[1], 1 - (dw - both[0][..., None] * w).square().sum() / total)
+
+
+def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monkeypatch, capsys):
+    scores = {("a", "bix", 0): 0.5, ("a", "fen", 0): 0.7, ("b", "bix", 0): 0.9, ("b", "fen", 0): 0.9}
+    calls, args = [], args_of(tmp_path, subjects=("bix", "fen"))
+
+    def tune(args, row, flags, subject, seed):
+        calls.append((row, flags, subject, seed))
+        score = scores[row, subject, seed]
+        return {"trained": 1234, "bytes": 99, "parts": score, "identity": score / 2, "prompt": 1.0, "red parts": 0.3}
+
+    monkeypatch.setattr(tables, "tune", tune)
+    tables.fill(Namespace(**{**vars(args), "rows": ["a"]}), "t", {"a": "-a", "b": "-b"}, toy.TABLE, [("b", "a")])
+    assert calls == [("a", "-a", "bix", 0), ("a", "-a", "fen", 0)] and "b - a" not in capsys.readouterr().out
+    for _ in range(2):
+        tables.fill(args, "t", {"a": "-a", "b": "-b"}, toy.TABLE, [("b", "a")])
+    assert len(calls) == 4
+    out = capsys.readouterr().out
+    assert "| a | 1,234 | 99 | 0.60 ± 0.10 | 0.30 ± 0.05 | 1.00 ± 0.00 | 0.30 ± 0.00 | 2 |" in out
+    assert "b - a: parts right 0.30 ± 0.10, whole subject 0.15 ± 0.05 (2 pairs)" in out
+
+
+@pytest.mark.parametrize("row", ["full precision", "TuneQDM, N = 2, 4 bits", "LoRA r = 2, packed base, 4 bits", "PEQA, 2 bits"])
+def test_tune_scores_and_counts(tmp_path, monkeypatch, row):
+    small = UNet(channels=(16, 32), attention=(1,), c_emb=32, c_words=16, vocab=len(toy.VOCAB), slots=toy.SLOTS)
+    save({"kind": "model", "config": small.config, "model": small.state_dict()}, tmp_path / "base.pt")
+    (tmp_path / "subjects").symlink_to(tables.BASE.parent / "subjects")
+    monkeypatch.setattr(tables, "BASE", tmp_path / "base.pt")
+    monkeypatch.setattr(tables.train, "PROMPTS", tables.train.PROMPTS[:2])
+    args = args_of(tmp_path)
+    run = tables.tune(args, row, tables.SUBJECTS[row] + " --steps 2 --sample-steps 2", "bix+fen", 0)
+    assert set(run) == {"trained", "bytes", "base bytes", *tables.SCORES} and all(0 <= run[key] <= 1 for key in tables.SCORES)
+    model, _ = tables.prepare(args, row, tables.SUBJECTS[row], "bix+fen", 0)
+    assert run["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if "LoRA" not in row:
+        assert run["trained"] == sum(d.numel() for d in (deltas(model) or dict(model.named_parameters())).values())
+    assert run["bytes"] > run["trained"] * (2 if deltas(model) and "LoRA" not in row else 4)
+
+
+def test_scales_recover_what_quantization_took(monkeypatch):
+    monkeypatch.setattr(tables, "validation_loss", lambda model: losses(model))
+    x0, words = toy.sample_scenes(64, torch.Generator().manual_seed(9))
+    t = torch.arange(64) * 15
+    losses = lambda model: tables.losses(model, x0, words, t, torch.Generator().manual_seed(1)).mean().item()
+    run = tables.recover(2, "minmax", 8)
+    assert run["after"] < 0.8 * run["before"]
