@@ -1,8 +1,9 @@
 """Memory and speed, measured side by side: python bench.py speed | scale
 
-speed: training steps of eleven methods, taken in turn, several rounds, medians; what each keeps in memory; sampling steps;
+speed: training steps of twelve methods, taken in turn, several rounds, medians; what each keeps in memory; sampling steps;
 bytes on disk; the time to quantize. scale: the same method on a UNet of 860 million parameters.
 """
+import contextlib
 import copy
 import multiprocessing
 import statistics
@@ -30,13 +31,10 @@ class LoRA(nn.Module):
 
     def __init__(self, layer, rank):
         super().__init__()
-        self.layer = layer
-        if isinstance(layer, nn.Conv2d):
-            self.lora_a = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
-            self.lora_b = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            self.lora_a, self.lora_b = (nn.Linear(layer.in_features, rank, bias=False),
-                                        nn.Linear(rank, layer.out_features, bias=False))
+        self.layer, (out, into), conv = layer, layer.weight.shape[:2], isinstance(layer, nn.Conv2d)
+        args = (layer.kernel_size, layer.stride, layer.padding) if conv else ()
+        self.lora_a = type(layer)(into, rank, *args, bias=False)
+        self.lora_b = type(layer)(rank, out, *(1,) * conv, bias=False)
         nn.init.zeros_(self.lora_b.weight)
 
     def forward(self, x):
@@ -180,14 +178,11 @@ def resident(key="VmRSS"):
 def forget_peak(device):
     if device == "cuda":
         return torch.cuda.reset_peak_memory_stats()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
-def peak(method, size, n, device, queue):
+def peak(method, size, n, device):
     """In a process of its own: the most memory that two training steps take above the idle process, in bytes."""
     torch.zeros(1, device=device)
     idle, model = resident(), build(method, size, device)
@@ -195,18 +190,13 @@ def peak(method, size, n, device, queue):
     forget_peak(device)
     for _ in range(2):
         step(model, optimizer, batch)
-    queue.put(torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - idle)
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - idle
 
 
 def in_process(target, *args):
-    """What target(*args, queue) puts in its queue, run in a new process."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=target, args=(*args, queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
+    """What target(*args) returns, run in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(target, args)
 
 
 def print_table(title, columns, rows):
@@ -279,22 +269,22 @@ def scale(args):
     idle = resident()
     model = UNet(**LARGE)
     nn.init.normal_(model.out.weight, std=0.02)
-    count, built = sum(p.numel() for p in model.parameters()), resident() - idle
+    above = lambda bytes_: f"{(bytes_ - idle) / 1e9:.2f}"
+    count, built = sum(p.numel() for p in model.parameters()), above(resident())
     forget_peak("cpu")
     seconds = clock(partial(packed, model, num_buckets=2), "cpu")
-    rows = [["float model", f"{built / 1e9:.2f}", ""],
-            ["peak while quantizing", f"{(resident('VmHWM') - idle) / 1e9:.2f}", f"{seconds:.0f}"]]
+    rows = [["float model", built, ""], ["peak while quantizing", above(resident("VmHWM")), f"{seconds:.0f}"],
+            ["quantized model", above(resident()), ""]]
     generator = torch.Generator().manual_seed(1)
     x0, eps = (torch.randn(1, 4, 32, 32, generator=generator) for _ in "ab")
     batch = x0, torch.zeros(1, toy.SLOTS, dtype=torch.long), torch.tensor([300]), eps
     optimizer = optimizer_of(model)
-    rows.append(["quantized model", f"{(resident() - idle) / 1e9:.2f}", ""])
     kept = kept_bytes(model, batch)
     forget_peak("cpu")
     seconds = min(clock(lambda: step(model, optimizer, batch), "cpu") for _ in range(2))
-    rows.append(["peak of a training step", f"{(resident('VmHWM') - idle) / 1e9:.2f}", f"{seconds:.1f}"])
-    rows.append(["of it kept for backward", f"{kept / 1e9:.2f}", ""])
-    rows.append(["of it weights, gradients, optimizer", f"{held_bytes(model, optimizer) / 1e9:.2f}", ""])
+    rows += [["peak of a training step", above(resident("VmHWM")), f"{seconds:.1f}"],
+             ["of it kept for backward", f"{kept / 1e9:.2f}", ""],
+             ["of it weights, gradients, optimizer", f"{held_bytes(model, optimizer) / 1e9:.2f}", ""]]
     print_table(f"{count:,} parameters, 4 bits, N = 2, batch 1, 32x32 latents", ["", "GB above idle", "seconds"], rows)
 
 

@@ -157,7 +157,7 @@ class Diffusion:
 
 
 def save(obj, path, write=torch.save):
-    """write(obj, file) to a temporary name, flushed to disk, then renamed: path is the old file or the whole new one."""
+    """write(obj, file) to a temporary name, flush, rename: path is the old file or the new one; ValueError if it can't be."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -165,8 +165,10 @@ def save(obj, path, write=torch.save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.path.exists(temporary) and os.remove(temporary)
+        if isinstance(error, OSError):
+            raise ValueError(f"{path} can't be written ({error.strerror}); make room, or give another folder") from None
         raise
 
 

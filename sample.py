@@ -82,10 +82,6 @@ def load_model(path, device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def to_png(picture, file):
-    picture.save(file, "png")
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with flags of checked range, and errors of one line."""
 
@@ -114,7 +110,9 @@ def guard(main):
     """Run a script: bad input ends with one sentence and exit code 2, Ctrl-C with 130, neither with a traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "peer" not in str(error):  # another process of torchrun's has died
+            raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -141,10 +139,9 @@ def main():
         if not hasattr(model, "quant_config"):
             raise ValueError(f"--adapter needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt")
         load_adapter(model, load(args.adapter, "adapter"))
-    images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True,
-                    packed=args.packed)
+    images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True, packed=args.packed)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save(toy.to_grid(images, min(args.n, 8)), args.out, to_png)
+    save(toy.to_grid(images, min(args.n, 8)), args.out, lambda picture, file: picture.save(file, "png"))
     print(f"wrote {args.out}: {args.n} pictures of '{args.prompt}'")
 
 

@@ -13,12 +13,13 @@ from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
+from torch.nn.utils.parametrize import register_parametrization
 
 import train
 from bench import lora_packed, print_table
 from data import toy
 from model import Diffusion, load, save, size
-from quant import CALIBRATIONS, adapter, bucket, deltas, quantize
+from quant import CALIBRATIONS, QuantLayer, adapter, bucket, deltas, quantize
 from sample import BASE, Parser, guard, load_model, sample
 
 DIFFUSION = Diffusion()
@@ -77,21 +78,11 @@ def validation_loss(model, n=1024, seed=12345):
     return losses(model, *toy.sample_scenes(n, generator), train.timesteps(n, DIFFUSION.T, generator), generator).mean().item()
 
 
-class RawAdam(torch.optim.Adam):
-    """Adam on the scales s = s0 * exp(d) themselves, which are kept positive, and not on their deltas d: as the paper."""
-
-    def __init__(self, params, s0, **kwargs):
-        super().__init__(params, **kwargs)
-        self.s0 = s0
-
-    @torch.no_grad()
-    def step(self):
-        pairs = list(zip(self.param_groups[0]["params"], self.s0))
-        for d, s0 in pairs:
-            d.grad /= d.copy_(s0 * d.exp())  # now d is s, and dL/ds = dL/dd / s
-        super().step()
-        for d, s0 in pairs:
-            d.copy_((d / s0).clamp(min=1e-3).log())
+def from_scale(s0):
+    """A parametrization that trains a scale s = s0 * exp(d) itself, kept positive, and not its delta d: as the paper."""
+    module = torch.nn.Module()
+    module.forward, module.right_inverse = lambda s: (s / s0).clamp(min=1e-3).log(), lambda d: s0 * d.exp()
+    return module
 
 
 def log_snr_bucket(t, num_buckets, T):
@@ -101,13 +92,15 @@ def log_snr_bucket(t, num_buckets, T):
     return (log_snr[torch.as_tensor(t)][..., None] < edges).sum(-1)
 
 
+@contextlib.contextmanager
 def variant(row, model):
-    """What an ablation changes that is no flag of train.py: mock.patches."""
-    if row.startswith("raw scales"):
-        names = [name.rsplit(".", 2) for name in deltas(model)]
-        s0 = [getattr(model.get_submodule(layer), delta.replace("d_", "s_")) for layer, delta, _ in names]
-        return [mock.patch("torch.optim.Adam", partial(RawAdam, s0=s0))]
-    return [mock.patch(f"{module}.bucket", log_snr_bucket) for module in ("quant", "train", "sample") if "log-SNR" in row]
+    """What an ablation changes that is no flag of train.py."""
+    for layer in model.modules() if row.startswith("raw scales") else ():
+        for d, s0 in ((layer.d_out, layer.s_out), (layer.d_in, layer.s_in)) if isinstance(layer, QuantLayer) else ():
+            register_parametrization(d, "0", from_scale(s0))
+    edges = log_snr_bucket if "log-SNR" in row else bucket
+    with mock.patch("quant.bucket", edges), mock.patch("train.bucket", edges), mock.patch("sample.bucket", edges):
+        yield
 
 
 def prepare(args, row, flags, subject, seed):
@@ -128,9 +121,7 @@ def tune(args, row, flags, subject, seed):
     model, run = prepare(args, row, flags, subject, seed)
     subjects = {word: BASE.parent / "subjects" / name for word, name in zip(toy.RARE, subject.split("+"))}
     run.out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for patch in variant(row, model):
-            stack.enter_context(patch)
+    with variant(row, model):
         if run.steps:
             sets = [toy.load_subject(folder, word) for word, folder in subjects.items()]
             train.finetune(model, run, *map(torch.cat, zip(*sets)))

@@ -4,6 +4,8 @@ The stages, in order: load the base (or make it: --pretrain), quantize it, fine-
 with prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 import copy
+import importlib
+import os
 import shutil
 import signal
 import sys
@@ -13,20 +15,53 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import toy
 from model import Diffusion, UNet, load, save, size
-from quant import CALIBRATIONS, adapter, bucket, deltas, load_adapter, quantize, remember
-from sample import BASE, Parser, guard, load_model, sample, to_png
+from quant import CALIBRATIONS, QuantLayer, adapter, bucket, deltas, load_adapter, quantize, remember
+from sample import BASE, Parser, guard, load_model, sample
 
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # locks; Windows has no such module
 WORD = "sks"  # the rare word that becomes the subject's name
 PROMPTS = ("sks creature on blue stripes", "sks creature on plain purple", "sks creature left on blue checks",  # none is
            "sks creature right on yellow stripes", "sks creature middle on plain cyan", "sks creature on plain pink",  # a shipped
            "sks creature and red circle on plain green", "sks creature and yellow square on blue stripes")  # subject's own
 EACH = 5  # pictures of each prompt that are scored
 SAVE = 200  # steps between two states saved, to --resume from
+RANK, WORLD = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # set by torchrun
+
+
+def claim(folder):
+    """Make folder, and a file in it that stays locked until it is closed. Raises ValueError where another run holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        RANK or fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {folder}; wait for it, or choose another --out") from None
+    return file
+
+
+def parallel(model, args):
+    """What to train: model, or where torchrun started several processes, model with the average of their gradients."""
+    net = torch.compile(model) if args.compile else model
+    if WORLD == 1:
+        return net
+    mine, frozen = deltas(model), [layer.shape for layer in model.modules() if isinstance(layer, QuantLayer)]
+    whole = sum(shape.numel() for shape in (*frozen, *(p.shape for name, p in model.named_parameters() if name not in mine)))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    RANK or print(f"{WORLD} processes average {4 * trained:,} bytes a step; full fine-tuning {4 * whole:,}", flush=True)
+    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    return DistributedDataParallel(net, forward_sync_buffers=False, find_unused_parameters=True)  # of buckets that no one drew
+
+
+def share(args, parts, *batch):
+    """This process's share of each of the parts of a batch's tensors, of which all processes make the whole."""
+    x0, *rest = (a.unflatten(0, (parts, -1))[:, RANK::WORLD].flatten(0, 1).to(args.device) for a in batch)
+    return x0.to(memory_format=torch.channels_last), *rest
 
 
 def timesteps(n, T, generator, focus=0.0):
@@ -40,11 +75,11 @@ def steps(title, args, first, write):
     """The steps first to args.steps and a progress bar; write(step) saves a state now and then, at the end, and on Ctrl-C,
     which waits for the step to be whole and then exits with 130."""
     stop, old = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    signal.signal(signal.SIGINT, signal.SIG_IGN if RANK else lambda *_: stop.append(True))  # RANK 0 decides, and saves
     try:
-        for step in (bar := tqdm(range(first, args.steps), title, initial=first, total=args.steps)):
+        for step in (bar := tqdm(range(first, args.steps), title, initial=first, total=args.steps, disable=RANK > 0)):
             yield step, bar
-            if stop or (step + 1) % SAVE == 0 or step + 1 == args.steps:
+            if RANK == 0 and (stop or (step + 1) % SAVE == 0 or step + 1 == args.steps):
                 write(step + 1)
             if stop and step + 1 < args.steps:
                 bar.close()
@@ -101,7 +136,7 @@ def pretrain(args):
         first = saved["step"]
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"]), generator.set_state(saved["generator"])
-    net = torch.compile(model) if args.compile else model
+    net = parallel(model, args)
 
     def write(step):
         save({"kind": "pretraining", "step": step, "args": describe(args), "model": model.state_dict(), "ema": ema.state_dict(),
@@ -112,9 +147,9 @@ def pretrain(args):
     for step, bar in steps("pretraining", args, first, write):
         for group in optimizer.param_groups:  # warm up, hold, then down to zero over the last third
             group["lr"] = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.steps / 3))
-        x0, words = toy.sample_scenes(args.batch, generator)
+        x0, words = toy.sample_scenes(args.batch * WORLD, generator)
         t, eps = timesteps(len(x0), diffusion.T, generator, focus=0.5), torch.randn(x0.shape, generator=generator)
-        x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
+        x0, words, t, eps = share(args, 1, x0, words, t, eps)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             loss = diffusion.loss(net, x0, words, t, eps)
         check(loss, bucket(t, 4, diffusion.T), step, args)
@@ -125,6 +160,8 @@ def pretrain(args):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10)))
         track(bar, averages, bucket(t, 4, diffusion.T), loss.detach())
+    if RANK:
+        return
     score_base(load_model(args.out / "base.pt", args.device), args.seed)
     print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
 
@@ -161,7 +198,7 @@ def finetune(model, args, instance, captions, saved=None):
     if args.checkpoint:
         told_again = {"context_fn": partial(remember, model)} if args.bits < 32 else {}
         model.call = partial(checkpoint, use_reentrant=False, **told_again)
-    net = torch.compile(model) if args.compile else model
+    net = parallel(model, args)
 
     def write(step):
         save({"kind": "fine-tuning", "step": step, "args": describe(args), "trained": trained,
@@ -170,13 +207,13 @@ def finetune(model, args, instance, captions, saved=None):
     for step, bar in steps("fine-tuning", args, first, write):
         for group in optimizer.param_groups:  # warm up, then down to zero
             group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
-        x0, words = toy.sample_scenes(args.batch, generator, rare=0)
-        pick = torch.randint(len(instance), (args.batch,), generator=generator)
-        named = captions[pick].masked_fill(torch.rand(args.batch, toy.SLOTS, generator=generator) < drop, 0)
+        x0, words = toy.sample_scenes(args.batch * WORLD, generator, rare=0)
+        pick = torch.randint(len(instance), (len(x0),), generator=generator)
+        named = captions[pick].masked_fill(torch.rand(len(x0), toy.SLOTS, generator=generator) < drop, 0)
         x0, words = torch.cat([instance[pick], x0]), torch.cat([named, words])
-        t = torch.cat([timesteps(args.batch, diffusion.T, generator) for _ in range(2)])
+        t = torch.cat([timesteps(len(pick), diffusion.T, generator) for _ in range(2)])
         eps = torch.randn(x0.shape, generator=generator)
-        x0, words, t, eps = (a.to(args.device) for a in (x0.to(memory_format=torch.channels_last), words, t, eps))
+        x0, words, t, eps = share(args, 2, x0, words, t, eps)
         loss = diffusion.loss(net, x0, words, t, eps)
         check(loss, bucket(t, args.buckets, diffusion.T), step, args)
         optimizer.zero_grad()
@@ -196,18 +233,17 @@ def evaluate(model, parts, args):
 
 def draw_grid(instance, before, after, title, path):
     """grid.png: the instance pictures, then one picture of each prompt before and after fine-tuning, with labels."""
-    rows = [("instance pictures", instance[:len(PROMPTS)]), (f"{title}, untuned", before[::EACH]), ("tuned", after[::EACH])]
-    strips = [toy.to_grid(images, len(PROMPTS)) for _, images in rows]
+    strips = [toy.to_grid(images, len(PROMPTS)) for images in (instance[:len(PROMPTS)], before[::EACH], after[::EACH])]
     high, wide, line = strips[0].height, strips[0].width, 14
     page = Image.new("RGB", (wide, 3 * (high + line) + 3 * line), "white")
     draw = ImageDraw.Draw(page)
-    for i, ((label, _), strip) in enumerate(zip(rows, strips)):
+    for i, (label, strip) in enumerate(zip(("instance pictures", f"{title}, untuned", "tuned"), strips)):
         page.paste(strip, (0, i * (high + line) + line))
         draw.text((4, i * (high + line) + 1), label, "black")
     for i, prompt in enumerate(PROMPTS):
         head, _, tail = prompt.partition(" on ")
         draw.text((i * wide // len(PROMPTS) + 4, 3 * (high + line)), head.replace(" and ", "\nand ") + f"\non {tail}", "black")
-    save(page, path, to_png)
+    save(page, path, lambda page, file: page.save(file, "png"))
 
 
 def arguments(argv=None):
@@ -215,7 +251,8 @@ def arguments(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     quantizer, run = parser.add_argument_group("quantizer"), parser.add_argument_group("run")
     number = parser.number
-    number("--bits", int, 2, 32, 4, "bits of a weight: 2 to 8, or 32 for ordinary full-precision fine-tuning", group=quantizer)
+    quantizer.add_argument("--bits", choices=(*"2345678", "32"), default="4", metavar="BITS",
+                           help="bits of a weight: 2 to 8, or 32 for ordinary full-precision fine-tuning (default: 4)")
     quantizer.add_argument("--scales", choices=("out", "out+in"), default="out+in", help="what is trained; out alone is PEQA")
     number("--buckets", int, 1, 1000, 1, "scale sets over the 1000 timesteps", group=quantizer)
     quantizer.add_argument("--calibration", choices=CALIBRATIONS, default="rowcol", help="how the scales are found")
@@ -224,7 +261,7 @@ def arguments(argv=None):
     run.add_argument("--pretrain", action="store_true", help="make the base instead: writes out/pretrain/base.pt")
     number("--steps", int, 0, 10**7, None, "optimizer steps (default: 1000, or 20000 to pretrain)", group=run)
     number("--lr", float, 0, 10, None, "learning rate (default: 0.03 for scales, 0.001 at 32 bits, 0.002 to pretrain)", group=run)
-    number("--batch", int, 1, 4096, None, "instance and class pictures a step, each (default: 8, or 64 to pretrain)", group=run)
+    number("--batch", int, 1, 4096, None, "instance and class pictures a step, each, by a process (default: 8, or 64)", group=run)
     number("--prior", float, 0, 100, 0.3, "weight of the class pictures' loss", group=run)
     number("--sample-steps", int, 1, 1000, 40, "timesteps visited to draw the pictures that are scored", group=run)
     number("--seed", int, 0, 2**62, 0, "seed of everything random", group=run)
@@ -236,9 +273,7 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         parser.error("--compile needs a C++ compiler, and there is none; install one, such as g++, or leave --compile out")
-    if 8 < args.bits < 32:
-        parser.error(f"--bits must be 2 to 8, or 32, not {args.bits}")
-    default = lambda tuned, pretrained: pretrained if args.pretrain else tuned
+    args.bits, default = int(args.bits), lambda tuned, pretrained: pretrained if args.pretrain else tuned
     args.steps = default(1000, 20000) if args.steps is None else args.steps
     args.batch = default(8, 64) if args.batch is None else args.batch
     args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
@@ -247,29 +282,31 @@ def arguments(argv=None):
 
 
 def main():
-    args = arguments()
-    start = time.time()
+    args, start = arguments(), time.time()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.pretrain:
-        args.out.mkdir(parents=True, exist_ok=True)
-        return pretrain(args)
+        with claim(args.out):
+            return pretrain(args)
 
     # base
     folder = BASE.parent / "subjects" / args.subject
     folder = folder if folder.is_dir() else args.subject
     (instance, captions), parts = toy.load_subject(folder, WORD), toy.read_parts(folder)
+    model, lock = load_model(args.base, args.device), claim(args.out)
     state = resumed(args, "fine-tuning") if args.resume else None
-    model = load_model(args.base, args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
 
     # quantize
     file = {"kind": "model", "config": model.config}
     if args.bits < 32:
         quantize(model, args.bits, args.buckets, Diffusion().T, args.scales, args.calibration)
         file = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
-    before, score_before = evaluate(model, parts, args)
+    before, score_before = (None, {}) if RANK else evaluate(model, parts, args)
 
     # fine-tune
     finetune(model, args, instance, captions, state)
+    if RANK:
+        return
 
     # save
     tuned, subject, mine = args.out / "tuned.pt", args.out / "adapter.pt", deltas(model)
@@ -296,6 +333,7 @@ def main():
     print(f"\nwrote grid.png, tuned.pt{' and adapter.pt' * (args.bits < 32)} to {args.out} "
           f"in {time.time() - start:.0f} s; more pictures:\n"
           f'python sample.py --ckpt {tuned} --prompt "{PROMPTS[0]}"')
+    lock.close()
 
 
 if __name__ == "__main__":

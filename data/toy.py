@@ -311,8 +311,7 @@ def write_subjects(folder, seed=7):
         target = Path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
-            to_png = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(to_png).save(target / f"{i}.png")
+            Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(target / f"{i}.png")
             place = next(place for place, columns in PLACES.items() if spots[i, 1] in columns)
             color, pattern = divmod((a, a, a, b, b)[i], len(PATTERNS))
             (target / f"{i}.txt").write_text(f"{place} on {list(COLORS)[color]} {PATTERNS[pattern]}\n")

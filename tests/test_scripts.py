@@ -44,7 +44,7 @@ def tuned(tmp_path_factory):
 
 def test_end_to_end(tuned):
     folder, out = tuned
-    assert {file.name for file in folder.iterdir()} == {"adapter.pt", "grid.png", "state.pt", "tuned.pt"}
+    assert {file.name for file in folder.iterdir()} == {"adapter.pt", "grid.png", "lock", "state.pt", "tuned.pt"}
     assert "TuneQDM, 4 bits" in out and "->" in out and Image.open(folder / "grid.png").width > 1000
     assert (folder / "adapter.pt").stat().st_size < 80_000 and (folder / "tuned.pt").stat().st_size < 2e6
 
@@ -140,7 +140,7 @@ def test_pretraining_runs_resumes_and_is_a_base(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("script, args, match", [
-    (train, ["--bits", 1], "from 2 to 32"), (train, ["--bits", 9], "2 to 8, or 32"), (train, ["--bits", "four"], "whole number"),
+    (train, ["--bits", 1], "choose from"), (train, ["--bits", 9], "choose from"), (train, ["--bits", "four"], "choose from"),
     (train, ["--scales", "in"], "--scales"), (train, ["--buckets", 0], "--buckets"), (train, ["--buckets", 1001], "--buckets"),
     (train, ["--calibration", "best"], "rowcol"), (train, ["--steps", -1], "--steps"), (train, ["--lr", "nan"], "--lr"),
     (train, ["--lr", "inf"], "--lr"), (train, ["--prior", -1], "--prior"), (train, ["--seed", 0.5], "--seed"),

@@ -1,4 +1,5 @@
 """What tables.py computes of its own, against independent references; a run is done once; a table says what the log says."""
+import sys
 from argparse import Namespace
 
 import pytest
@@ -16,22 +17,25 @@ def args_of(folder, **kwargs):
     return Namespace(**{"log": folder / "runs.jsonl", "less": 1, "rows": ["*"], "subjects": toy.TABLE, "seeds": 1, **kwargs})
 
 
-def test_raw_adam_is_adam_on_the_scales():
+def test_raw_scales_are_trained_as_scales():
     torch.manual_seed(0)
-    layer = quantize(nn.Sequential(nn.Linear(6, 5)), 4)[0]
-    x, target = torch.randn(8, 6), torch.randn(8, 5)
-    codes = (layer.weight() / layer.s_out[:, None] / layer.s_in).detach()
+    model = quantize(nn.Sequential(nn.Linear(6, 5)), 4)
+    layer, x, target = model[0], torch.randn(8, 6), torch.randn(8, 5)
+    codes, start = (layer.weight() / layer.s_out[:, None] / layer.s_in).detach(), layer(x).detach()
     s_out, s_in = layer.s_out.clone().requires_grad_(), layer.s_in.clone().requires_grad_()
-    plain = torch.optim.Adam([s_out, s_in], lr=2e-4)
-    raw = tables.RawAdam([layer.d_out[0], layer.d_in[0]], [layer.s_out, layer.s_in], lr=2e-4)
-    for _ in range(20):
-        for optimizer, y in ((plain, F.linear(x, s_out[:, None] * codes * s_in, layer.bias)), (raw, layer(x))):
-            optimizer.zero_grad()
-            (y - target).square().mean().backward()
-            optimizer.step()
-    assert (s_out - layer.s_out).abs().max() > 2e-3
-    torch.testing.assert_close(layer.s_out * layer.d_out[0].exp(), s_out.detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(layer.s_in * layer.d_in[0].exp(), s_in.detach(), rtol=1e-4, atol=1e-6)
+    with tables.variant("raw scales, lr 2e-4", model):
+        torch.testing.assert_close(layer(x), start)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 2
+        raw, plain = (torch.optim.Adam(params, lr=2e-4) for params in (trained, [s_out, s_in]))
+        for _ in range(20):
+            for optimizer, y in ((plain, F.linear(x, s_out[:, None] * codes * s_in, layer.bias)), (raw, layer(x))):
+                optimizer.zero_grad()
+                (y - target).square().mean().backward()
+                optimizer.step()
+        assert (s_out - layer.s_out).abs().max() > 2e-3
+        for mine, s in zip(trained, (s_out, s_in)):
+            torch.testing.assert_close(mine, s, rtol=1e-4, atol=1e-6)
 
 
 def test_buckets_even_in_log_snr():
@@ -52,11 +56,11 @@ def test_a_variant_reaches_training_and_sampling():
     t = torch.tensor([700])
     x, words = torch.zeros(1, 3, 16, 16), torch.zeros(1, 7, dtype=torch.long)
     model(x, t, words)
-    with tables.mock.patch("quant.bucket", tables.log_snr_bucket):
+    with tables.variant("N = 4, edges even in log-SNR", model):
         model(x, t, words)
+        assert tables.train.bucket == sys.modules["sample"].bucket == tables.log_snr_bucket
+    assert tables.train.bucket == tables.bucket
     assert seen == [[2], [int(tables.log_snr_bucket(700, 4, 1000))]] and seen[0] != seen[1]
-    assert [patch.attribute for patch in tables.variant("N = 4, edges even in log-SNR", model)] == ["bucket"] * 3
-    assert tables.variant("lr 0.1", model) == []
 
 
 @pytest.mark.parametrize("kernel", [1, 9])
@@ -103,17 +107,18 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
     assert "b - a: parts right 0.30 ± 0.10, whole subject 0.15 ± 0.05 (2 pairs)" in out
 
 
-@pytest.mark.parametrize("row", ["full precision", "TuneQDM, N = 2, 4 bits", "LoRA r = 2, packed base, 4 bits", "PEQA, 2 bits"])
+@pytest.mark.parametrize("row", ["full precision", "TuneQDM, N = 2, 4 bits", "LoRA r = 2, packed base, 4 bits", "PEQA, 2 bits",
+                                 "raw scales, lr 3e-4"])
 def test_tune_scores_and_counts(tmp_path, monkeypatch, row):
     small = UNet(channels=(16, 32), attention=(1,), c_emb=32, c_words=16, vocab=len(toy.VOCAB), slots=toy.SLOTS)
     save({"kind": "model", "config": small.config, "model": small.state_dict()}, tmp_path / "base.pt")
     (tmp_path / "subjects").symlink_to(tables.BASE.parent / "subjects")
     monkeypatch.setattr(tables, "BASE", tmp_path / "base.pt")
     monkeypatch.setattr(tables.train, "PROMPTS", tables.train.PROMPTS[:2])
-    args = args_of(tmp_path)
-    run = tables.tune(args, row, tables.SUBJECTS[row] + " --steps 2 --sample-steps 2", "bix+fen", 0)
+    args, flags = args_of(tmp_path), {**tables.SUBJECTS, **tables.ABLATIONS}[row]
+    run = tables.tune(args, row, flags + " --steps 2 --sample-steps 2", "bix+fen", 0)
     assert set(run) == {"trained", "bytes", "base bytes", *tables.SCORES} and all(0 <= run[key] <= 1 for key in tables.SCORES)
-    model, _ = tables.prepare(args, row, tables.SUBJECTS[row], "bix+fen", 0)
+    model, _ = tables.prepare(args, row, flags, "bix+fen", 0)
     assert run["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     if "LoRA" not in row:
         assert run["trained"] == sum(d.numel() for d in (deltas(model) or dict(model.named_parameters())).values())
