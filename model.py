@@ -6,6 +6,7 @@ L caption words; D channels inside the UNet; t counts timesteps from 0 (nearly t
 import io
 import math
 import os
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -181,6 +182,7 @@ def size(obj):
 def load(path, *kinds):
     """Read a file of save whose "kind" is one of kinds. Raises ValueError where it is missing, damaged or of another kind."""
     try:
+        assert zipfile.ZipFile(path).testzip() is None  # the checksums, which torch.load doesn't look at
         obj = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} doesn't exist; give the path of a checkpoint ({' or '.join(kinds)})") from None

@@ -53,9 +53,8 @@ def lines(args, **key):
 def once(args, measure, **key):
     """The line of the log that has this key; measured and appended where there is none."""
     if not lines(args, **key):
-        line = json.dumps({**key, **measure()}) + "\n"
         with args.log.open("a") as file:
-            file.write(line)
+            file.write(json.dumps({**key, **measure()}) + "\n")
     return lines(args, **key)[0]
 
 

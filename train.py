@@ -328,8 +328,7 @@ def main():
     widths = [max(len(label), len(str(value))) for label, value in row.items()]
     for line in (row.keys(), row.values()):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths)))
-    if parts is None:
-        print(f"{folder} has no parts.txt, so the exact scores aren't known")
+    parts is None and print(f"{folder} has no parts.txt, so the exact scores aren't known")
     print(f"\nwrote grid.png, tuned.pt{' and adapter.pt' * (args.bits < 32)} to {args.out} "
           f"in {time.time() - start:.0f} s; more pictures:\n"
           f'python sample.py --ckpt {tuned} --prompt "{PROMPTS[0]}"')

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: end to end, resumed, and fed nonsense."""
 import os
+import random
 import subprocess
 import sys
 from argparse import Namespace
@@ -169,3 +170,24 @@ def test_nonsense_gets_one_sentence_and_exit_code_2(script, args, match, tmp_pat
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and match in error and "Traceback" not in error
     assert not [p for p in tmp_path.iterdir() if p not in before and p.is_file()]
+
+
+@pytest.mark.parametrize("name", ["adapter.pt", "tuned.pt", "state.pt"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(tuned, tmp_path, name):
+    good, moment, refused = (tuned[0] / name).read_bytes(), random.Random(0), 0
+    kinds = ("adapter", "quantized", "fine-tuning")
+    flat = lambda obj: [x for k in sorted(obj, key=str) for x in flat(obj[k])] if isinstance(obj, dict) else [obj]
+    whole = flat(load(tuned[0] / name, *kinds))
+    for _ in range(100):
+        damaged, place = bytearray(good), moment.randrange(len(good))
+        damaged[place] ^= 1 << moment.randrange(8)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            found = flat(load(tmp_path / name, *kinds))
+        except ValueError as error:
+            assert "damaged" in str(error)
+            refused += 1
+            continue
+        assert len(found) == len(whole)
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(found, whole)), place
+    assert refused > 30
