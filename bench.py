@@ -136,35 +136,28 @@ def clock(run, device):
 
 def in_turn(runs, rounds, device):
     """The median seconds of each of runs ({name: function}), called in turn, after one call each to warm up."""
-    times = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = clock(run, device)
-            if i:
-                times[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    times = [{name: clock(run, device) for name, run in runs.items()} for _ in range(rounds + 1)]
+    return {name: statistics.median(row[name] for row in times[1:]) for name in runs}
+
+
+def storages(tensors):
+    """Bytes of each storage behind tensors, by its address."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def kept_bytes(model, batch):
     """Bytes of the storages that autograd keeps for backward, those of parameters and buffers and the batch left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch)}
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = DIFFUSION.loss(model, *batch).mean()
-    del loss
-    return sum(size for pointer, size in kept.items() if pointer not in known)
+    known, kept = storages((*model.parameters(), *model.buffers(), *batch)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        DIFFUSION.loss(model, *batch).mean()
+    return sum(size for pointer, size in storages(kept).items() if pointer not in known)
 
 
 def held_bytes(model, optimizer):
     """Bytes of weights, their gradients and the optimizer's state, after a step whose gradients were not yet dropped."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum(storages(tensors).values())
 
 
 def resident(key="VmRSS"):

@@ -15,9 +15,8 @@ y = W x + bias, g = dL/dy and gx = W^T g, a layer keeps x, y and its integers, a
     dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o])
     dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
-A batch may mix timesteps. Where all its samples share a bucket, W has that bucket's scales; else W has the base scales,
-and each sample's own exp(d_in) and exp(d_out) multiply its activations before and after the matmul. A bucket without a
-sample gets no gradient (None, not zero), so that no optimizer moves it.
+Where all samples of a batch share a bucket, W has its scales; else W has the base's, and each sample's exp(d_in) and
+exp(d_out) multiply its activations around the matmul. A bucket without a sample gets no gradient (None): it doesn't move.
 
     quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")      # in place; then train model as it is (README.md)
 """
@@ -92,7 +91,8 @@ def rowcol(w, n_bits, balance=16, rounds=12):
     arXiv 2509.22944), mse finds grids of the balanced rows, then s_out, s_in and integers are fitted in turn."""
     r, c, s_in, least = torch.ones_like(w[:, :, :1, :1]), torch.ones_like(w[:, :1, :, :1]), None, float("inf")
     for _ in range(balance + 1):
-        rows, cols = ((w / (r * c)).std(dims, keepdim=True, correction=0).clamp(min=1e-12) for dims in ((2, 3), (1, 3)))
+        rows, cols = ((w / (r * c)).std(dims, keepdim=True, correction=0) for dims in ((2, 3), (1, 3)))
+        rows, cols = (a.where(a > 0, a.amax((1, 2), True)).clamp(min=1e-12) for a in (rows, cols))  # where all are equal
         tau = torch.minimum(rows.amin(1, True), cols.amin(2, True))  # of each group, as all of this
         spread = torch.maximum(rows.amax(1, True), cols.amax(2, True)) / tau
         s_in, least = c if s_in is None else torch.where(spread < least, c, s_in), spread.clamp(max=least)
@@ -212,9 +212,8 @@ class QuantConv2d(QuantLayer):
         return F.conv2d(x, w, bias, *self.args, self.groups)
 
     def input_grad(self, g, x, w):
-        g, x4 = (g, x) if x.dim() == 4 else (g[None], x[None])
-        args = None, *self.args, False, [0, 0], self.groups, [True, False, False]  # of x, this reads the shape alone
-        return torch.ops.aten.convolution_backward(g, x4, w, *args)[0].view_as(x)
+        g = g.view(-1, *g.shape[-3:])
+        return torch.nn.grad.conv2d_input((len(g), *x.shape[-3:]), w, g, *self.args, self.groups).view_as(x)
 
     def plain(self, **kwargs):
         return nn.Conv2d(self.shape[1] * self.groups, self.shape[0], self.shape[2:], *self.args, self.groups, **kwargs)
@@ -342,9 +341,10 @@ def adapter(model):
 
 def load_adapter(model, adapter):
     """Put the deltas of adapter(another model) into model. Raises ValueError where its quantized base is another."""
-    mine = list(deltas(model).values())
-    if (adapter["fingerprint"], adapter["quant_config"]) != (fingerprint(model), model.quant_config):
-        raise ValueError("the adapter was made for another base; give the quantized model that it was trained on")
+    sizes, values = [delta.numel() for delta in deltas(model).values()], adapter.get("deltas", ())
+    mine, its = (fingerprint(model), model.quant_config), (adapter.get("fingerprint"), adapter.get("quant_config"))
+    if mine != its or len(values) != sum(sizes) or not values.isfinite().all():
+        raise ValueError("the adapter was made for another base, or is damaged; give the quantized model that it was trained on")
     with torch.no_grad():
-        for delta, value in zip(mine, adapter["deltas"].split([delta.numel() for delta in mine])):
+        for delta, value in zip(deltas(model).values(), values.split(sizes)):
             delta.copy_(value)

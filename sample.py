@@ -77,8 +77,10 @@ def load_model(path, device="cpu"):
             quantize(model, **{**saved["quant_config"], "calibration": "minmax"})  # layers of the right shape, to be filled
             model.quant_config = saved["quant_config"]
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise ValueError(f"{path} doesn't hold a model of this version; make it again") from None
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise ValueError
+    except Exception:
+        raise ValueError(f"{path} doesn't hold a whole model of this version; make it again") from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -113,6 +115,8 @@ def guard(main):
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "peer" not in str(error):  # another process of torchrun's has died
             raise
+        if isinstance(error, OSError):
+            error = f"{error.filename} can't be used ({error.strerror}); give another path"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -134,13 +138,15 @@ def main():
     parser.device()
     args = parser.parse_args()
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
+    if not words.any():
+        raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model = load_model(args.ckpt, args.device)
     if args.adapter:
         if not hasattr(model, "quant_config"):
             raise ValueError(f"--adapter needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt")
         load_adapter(model, load(args.adapter, "adapter"))
     images = sample(model, words, args.steps, args.sampler, args.cfg_scale, args.seed, progress=True, packed=args.packed)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save(toy.to_grid(images, min(args.n, 8)), args.out, lambda picture, file: picture.save(file, "png"))
     print(f"wrote {args.out}: {args.n} pictures of '{args.prompt}'")
 

@@ -277,7 +277,7 @@ def arguments(argv=None):
     args.steps = default(1000, 20000) if args.steps is None else args.steps
     args.batch = default(8, 64) if args.batch is None else args.batch
     args.lr = default(1e-3 if args.bits == 32 else 3e-2, 2e-3) if args.lr is None else args.lr
-    args.out = args.out or Path("out") / default(f"{Path(args.subject).name}-{args.bits}bit", "pretrain")
+    args.out = args.out or Path("out") / default(f"{Path(args.subject).resolve().name}-{args.bits}bit", "pretrain")
     return args
 
 
@@ -290,11 +290,12 @@ def main():
             return pretrain(args)
 
     # base
-    folder = BASE.parent / "subjects" / args.subject
-    folder = folder if folder.is_dir() else args.subject
+    folder = next((f for f in (BASE.parent / "subjects").iterdir() if f.name == args.subject), args.subject)
     (instance, captions), parts = toy.load_subject(folder, WORD), toy.read_parts(folder)
-    model, lock = load_model(args.base, args.device), claim(args.out)
-    state = resumed(args, "fine-tuning") if args.resume else None
+    model = load_model(args.base, args.device)
+    if hasattr(model, "quant_config"):
+        raise ValueError(f"{args.base} is quantized already; give --base a float model, such as {BASE}")
+    lock, state = claim(args.out), resumed(args, "fine-tuning") if args.resume else None
 
     # quantize
     file = {"kind": "model", "config": model.config}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 SIZE, HEIGHT, WIDTH = 16, 9, 7  # a picture's side; a sprite's rows and columns, in pixels
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 210, 40),
@@ -64,22 +64,18 @@ def sprites():
     rgb = torch.tensor(list(COLORS.values())) / 127.5 - 1
     glyphs, bodies, marks, parts = [], [], [], []
     for shape, color in product(SHAPES.values(), range(len(rgb))):
-        blank = "." * WIDTH
-        glyphs.append([list(row) for row in (blank, *shape, blank)])
+        glyphs.append(("." * WIDTH, *shape, "." * WIDTH))
         bodies.append(color), marks.append(color), parts.append([-1] * len(KEYS))
     for pick in product(*(range(len(options)) for _, options in PARTS.values())):
         glyph = [["."] * WIDTH for _ in range(HEIGHT)]
         for (top, options), i in zip(PARTS.values(), pick):
-            for y, row in enumerate(tuple(options.values())[i]):
-                for x, ink in enumerate(row):
-                    if ink != ".":
-                        glyph[top + y][x] = ink
+            for y, row in enumerate(tuple(options.values())[i], top):
+                glyph[y] = [new if new != "." else old for new, old in zip(row, glyph[y])]
         for color, mark in product(range(len(rgb)), repeat=2):
             if color != mark:
                 glyphs.append(glyph), bodies.append(color), marks.append(mark), parts.append([*pick, color, mark])
     ink = torch.tensor([[[".bmwk".index(c) for c in row] for row in glyph] for glyph in glyphs])
-    fixed = torch.tensor([[0.0] * 3, [0.0] * 3, [0.0] * 3, [1.0] * 3, [-1.0] * 3])
-    inks = fixed.repeat(len(glyphs), 1, 1)  # (S, 5, 3): the color of each ink for each sprite
+    inks = torch.tensor([0.0, 0, 0, 1, -1])[:, None].repeat(len(glyphs), 1, 3)  # (S, 5, 3): the color of each sprite's inks
     inks[:, 1], inks[:, 2] = rgb[bodies], rgb[marks]
     images = inks[torch.arange(len(glyphs))[:, None, None], ink]
     return images, ink > 0, torch.tensor(parts)
@@ -162,7 +158,7 @@ def caption(text):
         else:
             slot = 2 * section + (0 if word in (*COLORS, *RARE) else 1) if word not in PATTERNS else None
         if slot is None or words[slot]:
-            raise ValueError(f"the prompt '{text}' has no place for '{word}'; write it as "
+            raise ValueError(f"the prompt {text!r} has no place for '{word}'; write it as "
                              "'sks creature and red circle on green stripes' or 'red circle left on blue checks'")
         words[slot] = WORD[word]
     return words
@@ -259,7 +255,7 @@ def read_parts(folder):
     file = Path(folder) / "parts.txt"
     if not file.exists():
         return None
-    lines = dict(line.split() for line in file.read_text().splitlines() if len(line.split()) == 2)
+    lines = dict(line.split() for line in file.read_text(errors="replace").splitlines() if len(line.split()) == 2)
     for key in KEYS:
         if lines.get(key) not in OPTIONS[key]:
             raise ValueError(f"{file}: '{key}' must be one of {', '.join(OPTIONS[key])}, one line '{key} OPTION'")
@@ -277,12 +273,15 @@ def load_subject(folder, name="sks"):
         raise ValueError(f"{folder} is not a folder with PNG or JPEG files; give one with 3 to 5 pictures of the subject")
     images, captions = [], []
     for file in files:
-        text = file.with_suffix(".txt")
-        captions.append(caption(f"{name} creature {text.read_text() if text.exists() else ''}"))
+        path = file.with_suffix(".txt")
         try:
-            image = Image.open(file).convert("RGBA")
+            captions.append(caption(f"{name} creature {path.read_text() if path.exists() else ''}"))
+            image = Image.open(path := file)
+            if image.mode[0] in "IF" or image.format != "MPO" and getattr(image, "is_animated", False):
+                raise ValueError("it is animated, or has more than 8 bits a channel")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
         except Exception as error:
-            raise ValueError(f"{file} can't be read as a picture ({error}); replace or remove it") from None
+            raise ValueError(f"{path} can't be read ({error}); mend or remove it") from None
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BOX)

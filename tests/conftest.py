@@ -5,3 +5,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they give
+
+
+def run(script, *args):
+    """Run a script in this process; returns its exit code (0 if it returned)."""
+    from sample import guard
+
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
+    try:
+        guard(script.main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
