@@ -227,6 +227,8 @@ def restored(args, row, subject="bix", seed=0):
     """A row's model, fine-tuned where the row says so, and its run's arguments. Raises ValueError where it wasn't run."""
     model, run = prepare(args, row, SUBJECTS[row], subject, seed)
     if run.steps:
+        if not (run.out / "state.pt").exists():
+            raise ValueError(f"'{row}' has not been run for {subject}; run python tables.py subjects first")
         model.load_state_dict(load(run.out / "state.pt", "fine-tuning")["trained"], strict=False)
     return model.eval(), run
 
@@ -323,8 +325,8 @@ def figures(args):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    tables = base, subjects, several, recovery, ablations, figures
-    parser.add_argument("table", choices=[table.__name__ for table in tables])
+    tables = {table.__name__: table for table in (base, subjects, several, recovery, ablations, figures)}
+    parser.add_argument("table", choices=tables)
     parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, default=toy.TABLE, help="those to run now (default: all)")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run now (default: all)")
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
@@ -332,7 +334,7 @@ def main():
     args = parser.parse_args()
     args.log, args.less = (Path("out/quick.jsonl"), 10) if args.quick else (Path("out/tables.jsonl"), 1)
     args.log.parent.mkdir(exist_ok=True)
-    {table.__name__: table for table in tables}[args.table](args)
+    tables[args.table](args)
 
 
 if __name__ == "__main__":

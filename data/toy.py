@@ -314,8 +314,7 @@ def write_subjects(folder, seed=7):
             place = next(place for place, columns in PLACES.items() if spots[i, 1] in columns)
             color, pattern = divmod((a, a, a, b, b)[i], len(PATTERNS))
             (target / f"{i}.txt").write_text(f"{place} on {list(COLORS)[color]} {PATTERNS[pattern]}\n")
-        lines = [f"{key} {OPTIONS[key][i]}\n" for key, i in zip(KEYS, table[sprite].tolist())]
-        (target / "parts.txt").write_text("".join(lines))
+        (target / "parts.txt").write_text("".join(f"{key} {OPTIONS[key][i]}\n" for key, i in zip(KEYS, table[sprite].tolist())))
 
 
 if __name__ == "__main__":

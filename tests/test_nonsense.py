@@ -175,7 +175,7 @@ def test_files_and_choices(script, command, word, files, tmp_path, capsys, monke
 
 
 def test_there_are_enough():
-    assert len(NUMBERS) + len(CHOICES) + len(FILES) >= 60
+    assert len(NUMBERS) + len(CHOICES) + len(FILES) >= 150  # as README.md says
 
 
 def test_pictures_of_other_kinds_are_read_right(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: end to end, resumed, and given damaged files."""
 import os
 import random
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -23,12 +24,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A finished short run, by a new process and from another working directory."""
-    folder = tmp_path_factory.mktemp("a run")
-    command = [sys.executable, ROOT / "train.py", "--bits", "4", "--buckets", "2", "--steps", "3", "--sample-steps", "2",
-               "--device", "cpu", "--out", folder / "mo"]
+    """A finished short run, by a new process, of a read-only checkout from another working directory, in paths with spaces."""
+    folder, checkout = tmp_path_factory.mktemp("a run"), tmp_path_factory.mktemp("a checkout")
+    for file in (*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.*")):
+        copy = checkout / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    for path in (checkout, *checkout.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = sorted(checkout.rglob("*"))
+    command = [sys.executable, "-B", checkout / "train.py", "--bits", "4", "--buckets", "2", "--steps", "3",
+               "--sample-steps", "2", "--device", "cpu", "--out", folder / "mo"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
+    assert sorted(checkout.rglob("*")) == before and [path.name for path in folder.iterdir()] == ["mo"]
     return folder / "mo", done.stdout
 
 

@@ -132,3 +132,8 @@ def test_scales_recover_what_quantization_took(monkeypatch):
     losses = lambda model: tables.losses(model, x0, words, t, torch.Generator().manual_seed(1)).mean().item()
     run = tables.recover(2, "minmax", 8)
     assert run["after"] < 0.8 * run["before"]
+
+
+def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py subjects"):
+        tables.restored(args_of(tmp_path), "PEQA, 4 bits")
