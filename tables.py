@@ -2,6 +2,7 @@
 
 Each finished run is a line of out/tables.jsonl, and what is there is not run again: stop and go on as you like, in several
 processes if you like (--rows and --subjects choose). No table has the subjects that the defaults were tuned on.
+--log figures/tables.jsonl --rows none runs nothing, and prints the tables of the runs that ship.
 """
 import contextlib
 import json
@@ -104,7 +105,7 @@ def variant(row, model):
 
 def prepare(args, row, flags, subject, seed):
     """The model of a row before its fine-tuning, and its run's arguments."""
-    out = str(args.log.with_suffix("") / f"{row} {subject} {seed}".replace(", ", " ").replace(" ", "-"))
+    out = str(Path("out") / args.log.stem / f"{row} {subject} {seed}".replace(", ", " ").replace(" ", "-"))
     run = train.arguments([*flags.split(), "--seed", str(seed), "--out", out])
     run.steps, run.sample_steps = run.steps // args.less, run.sample_steps // args.less
     model = load_model(BASE, run.device)
@@ -327,13 +328,16 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     tables = {table.__name__: table for table in (base, subjects, several, recovery, ablations, figures)}
     parser.add_argument("table", choices=tables)
-    parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, default=toy.TABLE, help="those to run now (default: all)")
+    parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, help="those to run now (default: all six)")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run now (default: all)")
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, kept in out/quick.jsonl")
+    parser.add_argument("--log", type=Path, help="the file of finished runs (default: out/tables.jsonl, or out/quick.jsonl)")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the steps, two subjects")
     args = parser.parse_args()
-    args.log, args.less = (Path("out/quick.jsonl"), 10) if args.quick else (Path("out/tables.jsonl"), 1)
-    args.log.parent.mkdir(exist_ok=True)
+    args.log = args.log or Path("out", "quick.jsonl" if args.quick else "tables.jsonl")
+    args.less, some = (20, toy.TABLE[:2]) if args.quick else (1, toy.TABLE)
+    args.subjects = args.subjects or some
+    args.log.parent.mkdir(parents=True, exist_ok=True)
     tables[args.table](args)
 
 

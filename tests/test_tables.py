@@ -114,6 +114,7 @@ def test_tune_scores_and_counts(tmp_path, monkeypatch, row):
     save({"kind": "model", "config": small.config, "model": small.state_dict()}, tmp_path / "base.pt")
     (tmp_path / "subjects").symlink_to(tables.BASE.parent / "subjects")
     monkeypatch.setattr(tables, "BASE", tmp_path / "base.pt")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables.train, "PROMPTS", tables.train.PROMPTS[:2])
     args, flags = args_of(tmp_path), {**tables.SUBJECTS, **tables.ABLATIONS}[row]
     run = tables.tune(args, row, flags + " --steps 2 --sample-steps 2", "bix+fen", 0)
@@ -134,6 +135,7 @@ def test_scales_recover_what_quantization_took(monkeypatch):
     assert run["after"] < 0.8 * run["before"]
 
 
-def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path):
+def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py subjects"):
         tables.restored(args_of(tmp_path), "PEQA, 4 bits")
