@@ -203,7 +203,6 @@ def speed(args):
         models = {name: build(name, size, args.device) for name in METHODS}
         for n in args.batches:
             training(models, size, n, args)
-        del models
         if not args.compile:
             disk_sampling_quantizing(size, args)
 

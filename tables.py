@@ -1,8 +1,8 @@
 """The README's tables and figures: python tables.py base | subjects | several | recovery | ablations | figures
 
-Each finished run is a line of out/tables.jsonl, and what is there is not run again: stop and go on as you like, in several
-processes if you like (--rows and --subjects choose). No table has the subjects that the defaults were tuned on.
---log figures/tables.jsonl --rows none runs nothing, and prints the tables of the runs that ship.
+Each finished run is a line of the log and is not run again: stop, go on, share the work among processes (--rows, --subjects).
+No table has the subjects that the defaults were tuned on. With --log figures/tables.jsonl --rows none nothing is run, and the
+tables are those of the runs that ship.
 """
 import contextlib
 import json
@@ -52,11 +52,11 @@ def lines(args, **key):
 
 
 def once(args, measure, **key):
-    """The line of the log that has this key; measured and appended where there is none."""
-    if not lines(args, **key):
+    """The line of the log that has this key; measured and appended where there is none, if --rows has its first value."""
+    if not lines(args, **key) and any(fnmatch(next(iter(key.values())), pattern) for pattern in args.rows):
         with args.log.open("a") as file:
             file.write(json.dumps({**key, **measure()}) + "\n")
-    return lines(args, **key)[0]
+    return next(iter(lines(args, **key)), None)
 
 
 def mean_sd(values):
@@ -157,7 +157,7 @@ def fill(args, title, rows, subjects, pairs, keys=("parts", "identity")):
     """Do what is not yet done of rows x subjects x seeds; print means and standard deviations over subjects and seeds, of
     each row, and of the differences of pairs of rows, subject by subject and seed by seed."""
     for seed, (row, flags), subject in product(range(args.seeds), rows.items(), subjects):
-        if any(fnmatch(row, pattern) for pattern in args.rows) and set(subject.split("+")) <= set(args.subjects):
+        if set(subject.split("+")) <= set(args.subjects):
             once(args, partial(tune, args, row, flags, subject, seed), row=row, subject=subject, seed=seed)
     runs = {row: {(run["subject"], run["seed"]): run for run in lines(args, row=row) if run["subject"] in subjects}
             for row in rows}
@@ -213,15 +213,13 @@ def recover(bits, name, steps, seed=0, lr=0.003):
 
 def recovery(args):
     """Tune scales on the pretraining set: how much of the quantization gap is recovered?"""
-    steps, rows = 300 // args.less, []
-    goal = once(args, partial(recover, 32, "", steps), recovery=32, calibration="")
-    for bits in sorted(WIDTHS, reverse=True):
-        for name in CALIBRATIONS:
-            run = once(args, partial(recover, bits, name, steps), recovery=bits, calibration=name)
-            share = (run["before"] - run["after"]) / (run["before"] - goal["before"])
-            rows.append([str(bits), name, f"{run['before']:.5f}", f"{run['after']:.5f}", f"{share:.0%}"])
-    print_table("validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"],
-                [["32", "", f"{goal['before']:.5f}", f"{goal['after']:.5f}", ""], *rows])
+    runs, table = {}, []
+    for bits, name in [(32, "full precision"), *product(sorted(WIDTHS, reverse=True), CALIBRATIONS)]:
+        if run := once(args, partial(recover, bits, name, 300 // args.less), recovery=f"{bits} bits, {name}"):
+            before, after = runs[bits] = run["before"], run["after"]
+            share = f"{(before - after) / (before - runs[32][0]):.0%}" if bits < 32 and 32 in runs else ""
+            table.append([str(bits), name, f"{before:.5f}", f"{after:.5f}", share])
+    print_table("validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"], table)
 
 
 def restored(args, row, subject="bix", seed=0):
@@ -335,8 +333,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps, two subjects")
     args = parser.parse_args()
     args.log = args.log or Path("out", "quick.jsonl" if args.quick else "tables.jsonl")
-    args.less, some = (20, toy.TABLE[:2]) if args.quick else (1, toy.TABLE)
-    args.subjects = args.subjects or some
+    args.less, args.subjects = 20 if args.quick else 1, args.subjects or toy.TABLE[:2 if args.quick else 6]
     args.log.parent.mkdir(parents=True, exist_ok=True)
     tables[args.table](args)
 

@@ -15,41 +15,49 @@ from model import load
 from sample import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "import sys, train; from sample import guard; train.SAVE = 1; guard(train.main)"  # saves after each step
-KILLS = 20
+SCRIPT = "import sys, train; from sample import guard; train.SAVE = 1; train.score_base = print; guard(train.main)"
+JOBS = {  # of as many steps that none ends before it is killed; a state is saved after each
+    "fine-tuning": (["--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1], 120, 20,
+                    ("adapter.pt", "tuned.pt", "grid.png")),
+    "pretraining": (["--pretrain", "--batch", 1], 20, 4, ("base.pt",))}
 
 
 def start(out, *flags):
-    args = ["--steps", 120, "--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1, "--device", "cpu"]
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, args), "--out", out, *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, flags), "--device", "cpu", "--out", out], cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def progress(process, state):
-    """Wait until process has replaced its state file."""
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    while not state.exists() or state.stat().st_mtime_ns == before:
+def wait(process, done):
+    while not done():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+        time.sleep(0.0005)
 
 
-def test_killed_and_resumed_at_random_moments(tmp_path):
-    state, moment = tmp_path / "killed" / "state.pt", random.Random(0)
-    whole = start(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read()
-    for kill in range(KILLS):
-        process = start(state.parent, *["--resume"] * (kill > 0))
-        progress(process, state)
-        time.sleep(moment.uniform(0, 0.2))
-        process.send_signal(signal.SIGINT if kill == 0 else signal.SIGKILL)
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_and_resumed_at_random_moments(job, tmp_path):
+    (flags, steps, kills, files), folder, moment, halves = JOBS[job], tmp_path / "killed", random.Random(0), 0
+    flags = [*flags, "--steps", steps]
+    whole = start(tmp_path / "whole", *flags)
+    for kill in range(kills + 1):  # the last is Ctrl-C
+        process = start(folder, *flags, *["--resume"] * (kill > 0))
+        before = (folder / "state.pt").stat().st_mtime_ns if kill else 0
+        wait(process, lambda: (folder / "state.pt").exists() and (folder / "state.pt").stat().st_mtime_ns > before)
+        if kill % 2:  # while it writes
+            wait(process, lambda: any(folder.glob("*.tmp")))
+        else:
+            time.sleep(moment.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL if kill < kills else signal.SIGINT)
         out, err = process.communicate()
-        assert process.returncode == (130 if kill == 0 else -signal.SIGKILL), err
-        assert kill or ("--resume" in out and "Traceback" not in err)
-        assert 0 < load(state, "fine-tuning")["step"] < 120
-    last = start(state.parent, "--resume")
-    assert last.wait() == 0, last.stderr.read()
-    for name in ("adapter.pt", "tuned.pt", "grid.png"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        halves += any(folder.glob("*.tmp"))
+        assert process.returncode == (-signal.SIGKILL if kill < kills else 130), err
+        assert 0 < load(folder / "state.pt", job)["step"] < steps
+    assert halves and "--resume" in out and "Traceback" not in err
+    last = start(folder, *flags, "--resume")
+    for process in (whole, last):
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    for name in files:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list(tmp_path.rglob("*.tmp"))
 
 
