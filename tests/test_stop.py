@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def wait(process, done):
         time.sleep(0.0005)
 
 
+def newer(path, before):
+    return path.exists() and path.stat().st_mtime_ns > before
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_and_resumed_at_random_moments(job, tmp_path):
     (flags, steps, kills, files), folder, moment, halves = JOBS[job], tmp_path / "killed", random.Random(0), 0
@@ -40,8 +45,7 @@ def test_killed_and_resumed_at_random_moments(job, tmp_path):
     whole = start(tmp_path / "whole", *flags)
     for kill in range(kills + 1):  # the last is Ctrl-C
         process = start(folder, *flags, *["--resume"] * (kill > 0))
-        before = (folder / "state.pt").stat().st_mtime_ns if kill else 0
-        wait(process, lambda: (folder / "state.pt").exists() and (folder / "state.pt").stat().st_mtime_ns > before)
+        wait(process, partial(newer, folder / "state.pt", (folder / "state.pt").stat().st_mtime_ns if kill else 0))
         if kill % 2:  # while it writes
             wait(process, lambda: any(folder.glob("*.tmp")))
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import run
 
 import tables
 from data import toy
@@ -117,13 +118,13 @@ def test_tune_scores_and_counts(tmp_path, monkeypatch, row):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables.train, "PROMPTS", tables.train.PROMPTS[:2])
     args, flags = args_of(tmp_path), {**tables.SUBJECTS, **tables.ABLATIONS}[row]
-    run = tables.tune(args, row, flags + " --steps 2 --sample-steps 2", "bix+fen", 0)
-    assert set(run) == {"trained", "bytes", "base bytes", *tables.SCORES} and all(0 <= run[key] <= 1 for key in tables.SCORES)
+    got = tables.tune(args, row, flags + " --steps 2 --sample-steps 2", "bix+fen", 0)
+    assert set(got) == {"trained", "bytes", "base bytes", *tables.SCORES} and all(0 <= got[key] <= 1 for key in tables.SCORES)
     model, _ = tables.prepare(args, row, flags, "bix+fen", 0)
-    assert run["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert got["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     if "LoRA" not in row:
-        assert run["trained"] == sum(d.numel() for d in (deltas(model) or dict(model.named_parameters())).values())
-    assert run["bytes"] > run["trained"] * (2 if deltas(model) and "LoRA" not in row else 4)
+        assert got["trained"] == sum(d.numel() for d in (deltas(model) or dict(model.named_parameters())).values())
+    assert got["bytes"] > got["trained"] * (2 if deltas(model) and "LoRA" not in row else 4)
 
 
 def test_scales_recover_what_quantization_took(monkeypatch):
@@ -131,11 +132,31 @@ def test_scales_recover_what_quantization_took(monkeypatch):
     x0, words = toy.sample_scenes(64, torch.Generator().manual_seed(9))
     t = torch.arange(64) * 15
     losses = lambda model: tables.losses(model, x0, words, t, torch.Generator().manual_seed(1)).mean().item()
-    run = tables.recover(2, "minmax", 8)
-    assert run["after"] < 0.8 * run["before"]
+    found = tables.recover(2, "minmax", 8)
+    assert found["after"] < 0.8 * found["before"]
 
 
 def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py subjects"):
         tables.restored(args_of(tmp_path), "PEQA, 4 bits")
+
+
+def test_what_ships_is_printed_and_nothing_is_run(tmp_path, monkeypatch, capsys):
+    for name in ("tune", "recover"):
+        monkeypatch.setattr(tables, name, lambda *_: pytest.fail("a run was started"))
+    monkeypatch.chdir(tmp_path)
+    log = tables.BASE.parents[1] / "figures" / "tables.jsonl"
+    for table in ("subjects", "several", "ablations", "recovery"):
+        assert run(tables, table, "--log", log, "--rows", "none") == 0
+    assert "| TuneQDM, N = 2, 2 bits | 31,756 | 65,385 |" in capsys.readouterr().out
+
+
+def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
+    found = {(32, "full precision"): (0.04, 0.05), (4, "mse"): (0.08, 0.05), (2, "minmax"): (0.44, 0.14)}
+    monkeypatch.setattr(tables, "recover", lambda bits, name, steps: dict(zip(("before", "after"), found[bits, name])))
+    args = args_of(tmp_path, rows=["32*", "4 bits, mse", "2 bits, minmax"])
+    tables.recovery(args)
+    out = capsys.readouterr().out
+    assert "| 4 | mse | 0.08000 | 0.05000 | 75% |" in out and "| 2 | minmax | 0.44000 | 0.14000 | 75% |" in out
+    assert "| 32 | full precision | 0.04000 | 0.05000 |  |" in out and "rowcol" not in out
