@@ -1,4 +1,4 @@
-"""The README's tables and figures: python tables.py base | subjects | several | recovery | ablations | figures
+"""The README's tables and figures: python tables.py [base] [subjects] [several] [recovery] [ablations] [figures]
 
 Each finished run is a line of the log and is not run again: stop, go on, share the work among processes (--rows, --subjects).
 No table has the subjects that the defaults were tuned on. With --log figures/tables.jsonl --rows none nothing is run, and the
@@ -277,8 +277,7 @@ def draw_losses(args, bins=25, each=40):
     n, sprite = bins * each, int((toy.sprites()[2] == parts).all(1).nonzero())
     spots, ground = (torch.randint(high, (n,), generator=generator) for high in (len(toy.SPOTS), len(toy.backgrounds())))
     x0 = toy.render(ground, [(torch.full((n,), sprite), *torch.tensor(toy.SPOTS)[spots].T)])
-    captions = [toy.caption(f"sks creature on {' '.join(where)}") for where in product(toy.COLORS, toy.PATTERNS)]
-    words = torch.tensor(captions)[ground]
+    words = torch.tensor([toy.caption(f"sks creature on {' '.join(w)}") for w in product(toy.COLORS, toy.PATTERNS)])[ground]
     t = (torch.arange(bins).repeat_interleave(each) + 0.5).mul(DIFFUSION.T / bins).long()
     _, axis = plt.subplots(figsize=(6.5, 3.5))
     for row in ("the base", "untuned, 4 bits", "PEQA, 4 bits", MINE, "full precision"):
@@ -316,7 +315,7 @@ def draw_denoising(args, steps=12):
 def figures(args):
     """Draw figures/*.png from the runs of the table of subjects."""
     for draw in (draw_samples, draw_weights, draw_losses, draw_bytes, draw_denoising):
-        path = BASE.parents[1] / "figures" / f"{draw.__name__[5:]}.png"
+        path = (Path("out/quick") if args.quick else BASE.parents[1] / "figures") / f"{draw.__name__[5:]}.png"
         draw(args)
         save(plt.gcf(), path, lambda figure, file: figure.savefig(file, format="png", dpi=80, bbox_inches="tight"))
         print(f"wrote {path}: {draw.__doc__}")
@@ -325,7 +324,7 @@ def figures(args):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     tables = {table.__name__: table for table in (base, subjects, several, recovery, ablations, figures)}
-    parser.add_argument("table", choices=tables)
+    parser.add_argument("table", nargs="*", choices=tables, help="default: all, in this order")
     parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, help="those to run now (default: all six)")
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run now (default: all)")
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
@@ -335,7 +334,8 @@ def main():
     args.log = args.log or Path("out", "quick.jsonl" if args.quick else "tables.jsonl")
     args.less, args.subjects = 20 if args.quick else 1, args.subjects or toy.TABLE[:2 if args.quick else 6]
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    tables[args.table](args)
+    for table in args.table or tables:
+        tables[table](args)
 
 
 if __name__ == "__main__":
