@@ -315,7 +315,7 @@ def draw_denoising(args, steps=12):
 def figures(args):
     """Draw figures/*.png from the runs of the table of subjects."""
     for draw in (draw_samples, draw_weights, draw_losses, draw_bytes, draw_denoising):
-        path = (Path("out/quick") if args.quick else BASE.parents[1] / "figures") / f"{draw.__name__[5:]}.png"
+        path = (Path("out", args.log.stem) if args.quick else BASE.parents[1] / "figures") / f"{draw.__name__[5:]}.png"
         draw(args)
         save(plt.gcf(), path, lambda figure, file: figure.savefig(file, format="png", dpi=80, bbox_inches="tight"))
         print(f"wrote {path}: {draw.__doc__}")
