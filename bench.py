@@ -54,8 +54,7 @@ class Plain(nn.Module):
         self.s_out = nn.Parameter(s_out.view(-1, 1, *ones))
         self.s_in = nn.Parameter(s_in.view(1, -1, *ones)) if train_in else None
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-        conv = isinstance(layer, nn.Conv2d)
-        self.run, self.args = (F.conv2d, (layer.stride, layer.padding)) if conv else (F.linear, ())
+        self.run, self.args = (F.conv2d, (layer.stride, layer.padding)) if ones else (F.linear, ())
 
     def forward(self, x):
         weight = (self.codes - self.zero_point) * self.s_out
@@ -89,10 +88,8 @@ def checkpointed(model):
 
 METHODS = {
     "full fine-tuning": lambda model: model,
-    "LoRA r = 2": lambda model: swap(model, lambda layer: LoRA(layer, 2)),
-    "LoRA r = 16": lambda model: swap(model, lambda layer: LoRA(layer, 16)),
-    "LoRA r = 2, packed base": lambda model: lora_packed(model, 2),
-    "LoRA r = 16, packed base": lambda model: lora_packed(model, 16),
+    **{f"LoRA r = {r}": lambda model, r=r: swap(model, lambda layer: LoRA(layer, r)) for r in (2, 16)},
+    **{f"LoRA r = {r}, packed base": lambda model, r=r: lora_packed(model, r) for r in (2, 16)},
     "PEQA, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=False)),
     "TuneQDM, plain": lambda model: swap(model, lambda layer: Plain(layer, train_in=True)),
     "PEQA, ours": lambda model: packed(model, scales="out"),
@@ -193,9 +190,9 @@ def in_process(target, *args):
 
 
 def print_table(title, columns, rows):
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
+    print(f"\n{title}\n\n{table}", end="", flush=True)
+    return table
 
 
 def speed(args):

@@ -2,10 +2,11 @@
 
 Each finished run is a line of the log and is not run again: stop, go on, share the work among processes (--rows, --subjects).
 No table has the subjects that the defaults were tuned on. With --log figures/tables.jsonl --rows none nothing is run, and the
-tables are those of the runs that ship.
+tables are those of the runs that ship. --write puts them into the README.
 """
 import contextlib
 import json
+import re
 from fnmatch import fnmatch
 from functools import partial
 from itertools import product
@@ -17,13 +18,12 @@ import torch
 from torch.nn.utils.parametrize import register_parametrization
 
 import train
-from bench import lora_packed, print_table
+from bench import DIFFUSION, lora_packed, print_table
 from data import toy
-from model import Diffusion, load, save, size
+from model import load, save, size
 from quant import CALIBRATIONS, QuantLayer, adapter, bucket, deltas, quantize
 from sample import BASE, Parser, guard, load_model, sample
 
-DIFFUSION = Diffusion()
 WIDTHS = (4, 3, 2, 8)
 MINE = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
 SUBJECTS = {"the base": "--bits 32 --steps 0", "full precision": "--bits 32",
@@ -32,15 +32,14 @@ SUBJECTS = {"the base": "--bits 32 --steps 0", "full precision": "--bits 32",
                 "TuneQDM, N = 1": "", "TuneQDM, N = 2": "--buckets 2", "TuneQDM, N = 4": "--buckets 4",
                 "LoRA r = 2, packed base": "--lr 0.003"}.items()}}
 ABLATIONS = {MINE: "", "TuneQDM, N = 2, 4 bits": "--buckets 2", "TuneQDM, N = 4, 4 bits": "--buckets 4", "N = 8": "--buckets 8",
-             "N = 4, edges even in log-SNR": "--buckets 4", "calibration: mse": "--calibration mse",
-             "calibration: minmax": "--calibration minmax", "raw scales, lr 3e-6": "--lr 3e-6",
-             "raw scales, lr 3e-4": "--lr 3e-4", "raw scales, lr 1e-3": "--lr 1e-3", "lr 0.01": "--lr 0.01",
-             "lr 0.1": "--lr 0.1", "500 steps": "--steps 500", "2000 steps": "--steps 2000", "prior weight 0": "--prior 0",
-             "prior weight 1": "--prior 1", "prior weight 3": "--prior 3"}
-SEVERAL = {f"{name}, together": f"{flags} --steps 2000" for name, flags in {
-    "full precision": "--bits 32", "PEQA, 4 bits": "--scales out", "TuneQDM, N = 1, 4 bits": "",
-    "TuneQDM, N = 2, 4 bits": "--buckets 2"}.items()}
-TOGETHER = ["bix+fen", "gil+luz", "ori+tam", "bix+fen+gil", "luz+ori+tam"]
+             "N = 4, edges even in log-SNR": "--buckets 4",
+             **{f"calibration: {name}": f"--calibration {name}" for name in ("mse", "minmax")},
+             **{f"raw scales, lr {lr}": f"--lr {lr}" for lr in ("3e-6", "3e-4", "1e-3")},
+             **{f"lr {lr}": f"--lr {lr}" for lr in (0.01, 0.1)}, **{f"{n} steps": f"--steps {n}" for n in (500, 2000)},
+             **{f"prior weight {weight}": f"--prior {weight}" for weight in (0, 1, 3)}}
+SEVERAL = {f"{row}, together": f"{SUBJECTS[row]} --steps 2000"
+           for row in ("full precision", "PEQA, 4 bits", MINE, "TuneQDM, N = 2, 4 bits")}
+TOGETHER = {2: ["bix+fen", "gil+luz", "ori+tam"], 3: ["bix+fen+gil", "luz+ori+tam"]}
 SCORES = {"parts": "parts right", "identity": "whole subject", "both parts": "parts, both in one picture",
           "both identity": "both whole", "prompt": "prompt right", "red parts": "in other creatures"}
 
@@ -59,9 +58,16 @@ def once(args, measure, **key):
     return next(iter(lines(args, **key)), None)
 
 
+def show(args, title, columns, rows):
+    """Print a table; with --write put it into the README, where <!-- title --> stands above the one that it replaces."""
+    table, readme = print_table(title, columns, rows), BASE.parents[1] / "README.md"
+    if args.write and rows:
+        text = re.sub(rf"(<!-- {title} -->\n)(\|.*\n)*", lambda found: found[1] + table, readme.read_text())
+        save(text, readme, lambda text, file: file.write(text.encode()))
+
+
 def mean_sd(values):
-    values = torch.tensor(values)
-    return f"{values.mean():.2f} ± {values.std(correction=0):.2f}"
+    return "{1:.2f} ± {0:.2f}".format(*torch.std_mean(torch.tensor(values), correction=0))
 
 
 @torch.no_grad()
@@ -159,13 +165,12 @@ def fill(args, title, rows, subjects, pairs, keys=("parts", "identity")):
     for seed, (row, flags), subject in product(range(args.seeds), rows.items(), subjects):
         if set(subject.split("+")) <= set(args.subjects):
             once(args, partial(tune, args, row, flags, subject, seed), row=row, subject=subject, seed=seed)
-    runs = {row: {(run["subject"], run["seed"]): run for run in lines(args, row=row) if run["subject"] in subjects}
-            for row in rows}
+    runs = {row: {(r["subject"], r["seed"]): r for r in lines(args, row=row) if r["subject"] in subjects} for row in rows}
     columns = [key for key in SCORES if all(key in run for found in runs.values() for run in found.values())]
-    cells = lambda found: [f"{found[0]['trained']:,}", f"{found[0]['bytes']:,}",
-                           *(mean_sd([run[key] for run in found]) for key in columns), str(len(found))]
-    print_table(title, ["method", "trained", "adapter bytes", *(SCORES[key] for key in columns), "runs"],
-                [[row, *cells(list(found.values()))] for row, found in runs.items() if found])
+    cells = lambda run, *more: [f"{run['trained']:,}", f"{run['bytes']:,}",
+                                *(mean_sd([r[key] for r in (run, *more)]) for key in columns), str(1 + len(more))]
+    show(args, title, ["method", "trained", "adapter bytes", *(SCORES[key] for key in columns), "runs"],
+         [[row, *cells(*found.values())] for row, found in runs.items() if found])
     for a, b in pairs:
         if shared := runs[a].keys() & runs[b].keys():
             what = ", ".join(f"{SCORES[key]} {mean_sd([runs[a][k][key] - runs[b][k][key] for k in shared])}" for key in keys)
@@ -186,9 +191,9 @@ def subjects(args):
 
 def several(args):
     """Fine-tune to two and to three subjects at once."""
-    for n in (2, 3):
-        fill(args, f"{n} subjects", SEVERAL, [names for names in TOGETHER if len(names.split("+")) == n],
-             [(row, "full precision, together") for row in list(SEVERAL)[2:]], list(SCORES)[:4])
+    full, _, *rows = SEVERAL
+    for n, names in TOGETHER.items():
+        fill(args, f"{n} subjects", SEVERAL, names, [(row, full) for row in rows], list(SCORES)[:4])
 
 
 def ablations(args):
@@ -219,7 +224,7 @@ def recovery(args):
             before, after = runs[bits] = run["before"], run["after"]
             share = f"{(before - after) / (before - runs[32][0]):.0%}" if bits < 32 and 32 in runs else ""
             table.append([str(bits), name, f"{before:.5f}", f"{after:.5f}", share])
-    print_table("validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"], table)
+    show(args, "validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"], table)
 
 
 def restored(args, row, subject="bix", seed=0):
@@ -287,14 +292,16 @@ def draw_losses(args, bins=25, each=40):
 
 
 def draw_bytes(args):
-    """The bytes of a subject against its fidelity."""
-    _, axis = plt.subplots(figsize=(6.5, 4))
-    for row in list(SUBJECTS)[1:]:
+    """The bytes of a subject against its fidelity, a line for each method."""
+    (_, axis), methods = plt.subplots(figsize=(6.5, 4)), {}
+    for row in SUBJECTS:
         if (runs := lines(args, row=row)) and runs[0]["trained"]:
-            parts = torch.tensor([run["parts"] for run in runs])
-            axis.errorbar(runs[0]["bytes"] + runs[0]["base bytes"], parts.mean(), parts.std(correction=0), fmt="o", label=row)
-    axis.set_xscale("log"), axis.set_xlabel("bytes of the base and one subject"), axis.set_ylabel("parts right")
-    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+            sd, parts = torch.std_mean(torch.tensor([run["parts"] for run in runs]), correction=0)
+            methods.setdefault(re.sub(", . bits", "", row), []).append((runs[0]["bytes"] + runs[0]["base bytes"], parts, sd))
+    for name, points in methods.items():
+        axis.errorbar(*zip(*sorted(points)), fmt="o-", capsize=2, label=name)
+    axis.set(xscale="log", xlabel="the base and one subject, MB (from left: 2, 3, 4, 8 bits)", ylabel="parts right")
+    axis.set_xticks([1e6, 2e6, 5e6, 1e7], ["1", "2", "5", "10"]), axis.legend(fontsize=8, loc="lower right")
 
 
 def draw_denoising(args, steps=12):
@@ -329,6 +336,7 @@ def main():
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to run now (default: all)")
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
     parser.add_argument("--log", type=Path, help="the file of finished runs (default: out/tables.jsonl, or out/quick.jsonl)")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md, too")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps, two subjects")
     args = parser.parse_args()
     args.log = args.log or Path("out", "quick.jsonl" if args.quick else "tables.jsonl")

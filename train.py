@@ -160,10 +160,9 @@ def pretrain(args):
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(0.999, (step + 1) / (step + 10)))
         track(bar, averages, bucket(t, 4, diffusion.T), loss.detach())
-    if RANK:
-        return
-    score_base(load_model(args.out / "base.pt", args.device), args.seed)
-    print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
+    if RANK == 0:
+        score_base(load_model(args.out / "base.pt", args.device), args.seed)
+        print(f"wrote {args.out / 'base.pt'}; use it with --base {args.out / 'base.pt'}")
 
 
 def score_base(model, seed, n=200):
@@ -226,9 +225,8 @@ def evaluate(model, parts, args):
     """Pictures of PROMPTS, EACH of each, and the means of their exact scores ({} where parts are not known)."""
     words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
-    if parts is None:
-        return images, {}
-    return images, {key: value.mean().item() for key, value in toy.score(images, words, parts, toy.WORD[WORD]).items()}
+    scores = {} if parts is None else toy.score(images, words, parts, toy.WORD[WORD])
+    return images, {key: value.mean().item() for key, value in scores.items()}
 
 
 def draw_grid(instance, before, after, title, path):
@@ -249,8 +247,7 @@ def draw_grid(instance, before, after, title, path):
 def arguments(argv=None):
     """The flags, their defaults filled in."""
     parser = Parser(description=__doc__.split("\n")[0])
-    quantizer, run = parser.add_argument_group("quantizer"), parser.add_argument_group("run")
-    number = parser.number
+    quantizer, run, number = parser.add_argument_group("quantizer"), parser.add_argument_group("run"), parser.number
     quantizer.add_argument("--bits", choices=(*"2345678", "32"), default="4", metavar="BITS",
                            help="bits of a weight: 2 to 8, or 32 for ordinary full-precision fine-tuning (default: 4)")
     quantizer.add_argument("--scales", choices=("out", "out+in"), default="out+in", help="what is trained; out alone is PEQA")

@@ -50,6 +50,7 @@ WORD = {word: i for i, word in enumerate(VOCAB)}
 SLOTS = 7  # words of a caption
 DROP = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.5, 0.1, 0.1])  # how often pretraining empties each slot
 TUNING, TABLE = ("mo", "zed"), ("bix", "fen", "gil", "luz", "ori", "tam")  # subjects to tune on, and to report
+PLAIN = len(SHAPES) * len(COLORS)  # sprites before this one are plain shapes
 KEYS = ("body", "ears", "feet", "eyes", "marking", "color", "mark")
 OPTIONS = {**{part: tuple(rows) for part, (_, rows) in PARTS.items()}, "color": tuple(COLORS), "mark": tuple(COLORS)}
 
@@ -79,9 +80,6 @@ def sprites():
     inks[:, 1], inks[:, 2] = rgb[bodies], rgb[marks]
     images = inks[torch.arange(len(glyphs))[:, None, None], ink]
     return images, ink > 0, torch.tensor(parts)
-
-
-PLAIN = len(SHAPES) * len(COLORS)  # sprites before this one are plain shapes
 
 
 @cache

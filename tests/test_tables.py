@@ -15,7 +15,8 @@ from quant import QuantLayer, deltas, quantize
 
 
 def args_of(folder, **kwargs):
-    return Namespace(**{"log": folder / "runs.jsonl", "less": 1, "rows": ["*"], "subjects": toy.TABLE, "seeds": 1, **kwargs})
+    defaults = {"log": folder / "runs.jsonl", "less": 1, "rows": ["*"], "subjects": toy.TABLE, "seeds": 1, "write": False}
+    return Namespace(**{**defaults, **kwargs})
 
 
 def test_raw_scales_are_trained_as_scales():
@@ -142,13 +143,23 @@ def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path, monkeypatch):
         tables.restored(args_of(tmp_path), "PEQA, 4 bits")
 
 
-def test_what_ships_is_printed_and_nothing_is_run(tmp_path, monkeypatch, capsys):
+def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypatch, capsys):
     for name in ("tune", "recover"):
         monkeypatch.setattr(tables, name, lambda *_: pytest.fail("a run was started"))
+    root, readme = tables.BASE.parents[1], tmp_path / "README.md"
+    says = (root / "README.md").read_text()
+    before, mark, table = says.partition("<!-- one subject -->\n| method |")
+    assert mark and "<!-- one subject -->" not in table
+    wrong = before + mark + table.replace("| TuneQDM, N = 1, 8 bits | 15,878 |", "| TuneQDM, N = 1, 8 bits | 1 |")
+    assert wrong != says
+    readme.write_text(wrong)
     monkeypatch.chdir(tmp_path)
-    log = tables.BASE.parents[1] / "figures" / "tables.jsonl"
-    for table in ("subjects", "several", "ablations", "recovery"):
-        assert run(tables, table, "--log", log, "--rows", "none") == 0
+    monkeypatch.setattr(tables, "BASE", tmp_path / "data" / "base.pt")
+    for write in ([], ["--write"]):
+        assert readme.read_text() == wrong
+        for table in ("subjects", "several", "ablations", "recovery"):
+            assert run(tables, table, "--log", root / "figures" / "tables.jsonl", "--rows", "none", *write) == 0
+    assert readme.read_text() == says  # so what the README prints is what was measured
     assert "| TuneQDM, N = 2, 2 bits | 31,756 | 65,385 |" in capsys.readouterr().out
 
 
