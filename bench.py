@@ -22,7 +22,7 @@ from quant import CALIBRATIONS, adapter, merge, minmax, quantize, remember
 from sample import Parser, guard
 
 DIFFUSION = Diffusion()
-SIZES = {"default": (dict(), 16), "35M": (dict(channels=(128, 256, 256, 256), attention=(1,), blocks=2, c_emb=512), 32)}
+SIZES = {"default": (dict(), 16), "30M": (dict(channels=(128, 256, 256, 256), attention=(1,), blocks=2, c_emb=512), 32)}
 LARGE = dict(channels=(320, 640, 1280, 1280), attention=(0, 1, 2, 3), blocks=3, c_emb=1280, c_words=768, c_image=4)
 
 
