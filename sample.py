@@ -116,7 +116,7 @@ def guard(main):
         if isinstance(error, RuntimeError) and "peer" not in str(error):  # another process of torchrun's has died
             raise
         if isinstance(error, OSError):
-            error = f"{error.filename} can't be used ({error.strerror}); give another path"
+            error = f"{error.filename or 'the output'} can't be used ({error.strerror}); give another path"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
