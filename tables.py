@@ -1,8 +1,7 @@
 """The README's tables and figures: python tables.py [base] [subjects] [several] [recovery] [ablations] [figures]
 
 Each finished run is a line of the log and is not run again: stop, go on, share the work among processes (--rows, --subjects).
-No table has the subjects that the defaults were tuned on. With --log figures/tables.jsonl --rows none nothing is run, and the
-tables are those of the runs that ship. --write puts them into the README.
+--log figures/tables.jsonl --rows none runs nothing and shows the runs that ship; --write puts the tables into the README.
 """
 import contextlib
 import json
@@ -116,6 +115,7 @@ def prepare(args, row, flags, subject, seed):
     run.steps, run.sample_steps = run.steps // args.less, run.sample_steps // args.less
     model = load_model(BASE, run.device)
     if row.startswith("LoRA"):
+        torch.manual_seed(run.seed)  # of its first matrices
         model = lora_packed(model, 2, n_bits=run.bits, calibration=run.calibration).to(run.device)
     elif run.bits < 32:
         quantize(model, run.bits, run.buckets, DIFFUSION.T, run.scales, run.calibration)

@@ -40,6 +40,14 @@ def test_raw_scales_are_trained_as_scales():
             torch.testing.assert_close(mine, s, rtol=1e-4, atol=1e-6)
 
 
+def test_a_start_at_random_follows_the_seed(tmp_path):
+    row = "LoRA r = 2, packed base, 4 bits"
+    starts = [tables.prepare(args_of(tmp_path), row, tables.SUBJECTS[row], "bix", seed)[0].state_dict() for seed in (0, 0, 1)]
+    assert any("lora_a" in key for key in starts[0])
+    for key, value in starts[0].items():
+        assert torch.equal(value, starts[1][key]) and ("lora_a" in key) != torch.equal(value, starts[2][key]), key
+
+
 def test_buckets_even_in_log_snr():
     abar = Diffusion().alphas_cumprod.tolist()
     snr = [torch.tensor(a / (1 - a)).log().item() for a in abar]
