@@ -8,7 +8,7 @@ import json
 import re
 from fnmatch import fnmatch
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from unittest import mock
 
@@ -159,7 +159,7 @@ def measure(model, parts, run):
     return {key: sum(f.get(key, 0) for f in found) / n for key in SCORES if (n := sum(key in f for f in found))}
 
 
-def fill(args, title, rows, subjects, pairs, keys=("parts", "identity")):
+def fill(args, title, rows, subjects, pairs):
     """Do what is not yet done of rows x subjects x seeds; print means and standard deviations over subjects and seeds, of
     each row, and of the differences of pairs of rows, subject by subject and seed by seed."""
     for seed, (row, flags), subject in product(range(args.seeds), rows.items(), subjects):
@@ -171,10 +171,9 @@ def fill(args, title, rows, subjects, pairs, keys=("parts", "identity")):
                                 *(mean_sd([r[key] for r in (run, *more)]) for key in columns), str(1 + len(more))]
     show(args, title, ["method", "trained", "adapter bytes", *(SCORES[key] for key in columns), "runs"],
          [[row, *cells(*found.values())] for row, found in runs.items() if found])
-    for a, b in pairs:
-        if shared := runs[a].keys() & runs[b].keys():
-            what = ", ".join(f"{SCORES[key]} {mean_sd([runs[a][k][key] - runs[b][k][key] for k in shared])}" for key in keys)
-            print(f"{a} - {b}: {what} ({len(shared)} pairs)")
+    show(args, f"{title}: differences", ["method", "minus", *(SCORES[key] for key in columns), "pairs"],
+         [[a, b, *(mean_sd([x[key] - y[key] for x, y in both]) for key in columns), str(len(both))] for a, b in pairs
+          if (both := [(run, runs[b][key]) for key, run in runs[a].items() if key in runs[b]])])
 
 
 def base(args):
@@ -184,16 +183,16 @@ def base(args):
 
 def subjects(args):
     """Fine-tune to one subject."""
-    pairs = [(f"TuneQDM, N = {n}, {bits} bits", yardstick) for bits, n in product(WIDTHS, (1, 2, 4))
-             for yardstick in ("full precision", f"PEQA, {bits} bits")]
+    rows = [row for row, flags in SUBJECTS.items() if "--steps 0" not in flags]
+    pairs = [(row, yardstick) for yardstick, row in combinations(rows, 2) if yardstick in (
+        "full precision", f"PEQA, {row[-6:]}", f"TuneQDM, N = 1, {row[-6:]}", f"{row[:-6]}4 bits")]
     fill(args, "one subject", SUBJECTS, toy.TABLE, pairs)
 
 
 def several(args):
     """Fine-tune to two and to three subjects at once."""
-    full, _, *rows = SEVERAL
     for n, names in TOGETHER.items():
-        fill(args, f"{n} subjects", SEVERAL, names, [(row, full) for row in rows], list(SCORES)[:4])
+        fill(args, f"{n} subjects", SEVERAL, names, [(row, yardstick) for yardstick, row in combinations(SEVERAL, 2)])
 
 
 def ablations(args):
