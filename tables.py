@@ -50,11 +50,10 @@ def lines(args, **key):
 
 
 def once(args, measure, **key):
-    """The line of the log that has this key; measured and appended where there is none, if --rows has its first value."""
+    """Measure and append the line of the log that has this key, where there is none, if --rows has its first value."""
     if not lines(args, **key) and any(fnmatch(next(iter(key.values())), pattern) for pattern in args.rows):
         with args.log.open("a") as file:
             file.write(json.dumps({**key, **measure()}) + "\n")
-    return next(iter(lines(args, **key)), None)
 
 
 def show(args, title, columns, rows):
@@ -65,8 +64,8 @@ def show(args, title, columns, rows):
         save(text, readme, lambda text, file: file.write(text.encode()))
 
 
-def mean_sd(values):
-    return "{1:.2f} ± {0:.2f}".format(*torch.std_mean(torch.tensor(values), correction=0))
+def mean_sd(values, digits=2):
+    return f"{(x := torch.tensor(values)).mean():.{digits}f}" + f" ± {x.std(correction=0):.{digits}f}" * (len(values) > 1)
 
 
 @torch.no_grad()
@@ -183,9 +182,8 @@ def base(args):
 
 def subjects(args):
     """Fine-tune to one subject."""
-    rows = [row for row, flags in SUBJECTS.items() if "--steps 0" not in flags]
-    pairs = [(row, yardstick) for yardstick, row in combinations(rows, 2) if yardstick in (
-        "full precision", f"PEQA, {row[-6:]}", f"TuneQDM, N = 1, {row[-6:]}", f"{row[:-6]}4 bits")]
+    pairs = [(row, yardstick) for yardstick, row in combinations(SUBJECTS, 2) if "--steps 0" not in SUBJECTS[row] and
+             yardstick in ("full precision", f"PEQA, {row[-6:]}", f"TuneQDM, N = 1, {row[-6:]}", f"{row[:-6]}4 bits")]
     fill(args, "one subject", SUBJECTS, toy.TABLE, pairs)
 
 
@@ -200,7 +198,7 @@ def ablations(args):
     fill(args, "one thing changed", ABLATIONS, toy.TABLE, [(row, MINE) for row in list(ABLATIONS)[1:]])
 
 
-def recover(bits, name, steps, seed=0, lr=0.003):
+def recover(bits, name, steps, seed, lr=0.003):
     """Quantize the base, tune its scales (32: all of it) on the pretraining set; validation loss before and after."""
     model = load_model(BASE) if bits == 32 else quantize(load_model(BASE), bits, calibration=name)
     before, generator = validation_loss(model), torch.Generator().manual_seed(seed)
@@ -217,13 +215,16 @@ def recover(bits, name, steps, seed=0, lr=0.003):
 
 def recovery(args):
     """Tune scales on the pretraining set: how much of the quantization gap is recovered?"""
-    runs, table = {}, []
-    for bits, name in [(32, "full precision"), *product(sorted(WIDTHS, reverse=True), CALIBRATIONS)]:
-        if run := once(args, partial(recover, bits, name, 300 // args.less), recovery=f"{bits} bits, {name}"):
-            before, after = runs[bits] = run["before"], run["after"]
-            share = f"{(before - after) / (before - runs[32][0]):.0%}" if bits < 32 and 32 in runs else ""
-            table.append([str(bits), name, f"{before:.5f}", f"{after:.5f}", share])
-    show(args, "validation loss", ["bits", "calibration", "quantized", "tuned", "recovered"], table)
+    rows, base, table = [(32, "full precision"), *product(sorted(WIDTHS, reverse=True), CALIBRATIONS)], None, []
+    for seed, (bits, name) in product(range(args.seeds), rows):
+        once(args, partial(recover, bits, name, 300 // args.less, seed), recovery=f"{bits} bits, {name}", seed=seed)
+    for bits, name in rows:
+        if runs := lines(args, recovery=f"{bits} bits, {name}"):
+            before, after = runs[0]["before"], [run["after"] for run in runs]
+            base = before if bits == 32 else base
+            share = f"{(before - sum(after) / len(after)) / (before - base):.0%}" if bits < 32 and base else ""
+            table.append([str(bits), name, f"{before:.5f}", mean_sd(after, 5), share, str(len(runs))])
+    show(args, "validation loss", ["bits", "calibration", "quantized", "tuned", "recovered", "runs"], table)
 
 
 def restored(args, row, subject="bix", seed=0):

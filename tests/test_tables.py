@@ -141,7 +141,7 @@ def test_scales_recover_what_quantization_took(monkeypatch):
     x0, words = toy.sample_scenes(64, torch.Generator().manual_seed(9))
     t = torch.arange(64) * 15
     losses = lambda model: tables.losses(model, x0, words, t, torch.Generator().manual_seed(1)).mean().item()
-    found = tables.recover(2, "minmax", 8)
+    found = tables.recover(2, "minmax", 8, 0)
     assert found["after"] < 0.8 * found["before"]
 
 
@@ -173,9 +173,16 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
 
 def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
     found = {(32, "full precision"): (0.04, 0.05), (4, "mse"): (0.08, 0.05), (2, "minmax"): (0.44, 0.14)}
-    monkeypatch.setattr(tables, "recover", lambda bits, name, steps: dict(zip(("before", "after"), found[bits, name])))
-    args = args_of(tmp_path, rows=["32*", "4 bits, mse", "2 bits, minmax"])
-    tables.recovery(args)
+
+    def recover(bits, name, steps, seed):
+        before, after = found[bits, name]
+        return {"before": before, "after": after + 0.001 * (seed - 1)}
+
+    monkeypatch.setattr(tables, "recover", recover)
+    tables.recovery(args_of(tmp_path, rows=["32*", "4 bits, mse", "2 bits, minmax"], seeds=3))
+    tables.recovery(args_of(tmp_path, rows=["none"]))
     out = capsys.readouterr().out
-    assert "| 4 | mse | 0.08000 | 0.05000 | 75% |" in out and "| 2 | minmax | 0.44000 | 0.14000 | 75% |" in out
-    assert "| 32 | full precision | 0.04000 | 0.05000 |  |" in out and "rowcol" not in out
+    assert out.count("| 75% | 3 |") == 4  # what is in the log is shown, whatever --seeds says
+    assert "| 4 | mse | 0.08000 | 0.05000 ± 0.00082 | 75% | 3 |" in out
+    assert "| 2 | minmax | 0.44000 | 0.14000 ± 0.00082 | 75% | 3 |" in out
+    assert "| 32 | full precision | 0.04000 | 0.05000 ± 0.00082 |  | 3 |" in out and "rowcol" not in out
