@@ -51,9 +51,9 @@ def lines(args, **key):
 
 def once(args, measure, **key):
     """Measure and append the line of the log that has this key, where there is none, if --rows has its first value."""
-    if not lines(args, **key) and any(fnmatch(next(iter(key.values())), pattern) for pattern in args.rows):
-        with args.log.open("a") as file:
-            file.write(json.dumps({**key, **measure()}) + "\n")
+    if not lines(args, **key) and any(map(partial(fnmatch, next(iter(key.values()))), args.rows)) and (found := measure()):
+        with args.log.open("a") as file:  # only now: the log may have been replaced while it was measured
+            file.write(json.dumps({**key, **found}) + "\n")
 
 
 def show(args, title, columns, rows):

@@ -103,6 +103,9 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
 
     def tune(args, row, flags, subject, seed):
         calls.append((row, flags, subject, seed))
+        if args.log.exists():  # may be replaced while a run goes on
+            args.log.rename(tmp_path / "old")
+            args.log.write_text((tmp_path / "old").read_text())
         score = scores[row, subject, seed]
         return {"trained": 1234, "bytes": 99, "parts": score, "identity": score / 2, "prompt": 1.0, "red parts": score / 10}
 
