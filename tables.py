@@ -91,7 +91,7 @@ def from_scale(s0):
 
 def log_snr_bucket(t, num_buckets, T):
     """The interval of t where the N intervals are equal in log(abar / (1 - abar)), and not in t."""
-    log_snr = (DIFFUSION.alphas_cumprod / (1 - DIFFUSION.alphas_cumprod)).log()
+    log_snr = DIFFUSION.alphas_cumprod.logit()
     edges = torch.linspace(log_snr[0], log_snr[-1], num_buckets + 1, dtype=log_snr.dtype)[1:-1]
     return (log_snr[torch.as_tensor(t)][..., None] < edges).sum(-1)
 
@@ -132,10 +132,9 @@ def tune(args, row, flags, subject, seed):
             train.finetune(model, run, *map(torch.cat, zip(*sets)))
         scores = measure(model, {word: toy.read_parts(folder) for word, folder in subjects.items()}, run)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if run.steps else {}
-    rest = {name: value for name, value in model.state_dict().items() if name not in trained}
     mine = {"kind": "adapter", **adapter(model)} if trained and trained.keys() == deltas(model).keys() else trained
-    return {"trained": sum(p.numel() for p in trained.values()), "bytes": len(trained) and size(mine), "base bytes": size(rest),
-            **scores}
+    return {"trained": sum(p.numel() for p in trained.values()), "bytes": len(trained) and size(mine), "base bytes": size(
+            {name: value for name, value in model.state_dict().items() if name not in trained}), **scores}
 
 
 def measure(model, parts, run):
@@ -195,7 +194,8 @@ def several(args):
 
 def ablations(args):
     """Fine-tune with one thing changed."""
-    fill(args, "one thing changed", ABLATIONS, toy.TABLE, [(row, MINE) for row in list(ABLATIONS)[1:]])
+    fill(args, "one thing changed", ABLATIONS, toy.TABLE,
+         [(row, "TuneQDM, N = 4, 4 bits" if "log-SNR" in row else MINE) for row in list(ABLATIONS)[1:]])
 
 
 def recover(bits, name, steps, seed, lr=0.003):
