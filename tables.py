@@ -133,8 +133,8 @@ def tune(args, row, flags, subject, seed):
         scores = measure(model, {word: toy.read_parts(folder) for word, folder in subjects.items()}, run)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if run.steps else {}
     mine = {"kind": "adapter", **adapter(model)} if trained and trained.keys() == deltas(model).keys() else trained
-    return {"trained": sum(p.numel() for p in trained.values()), "bytes": len(trained) and size(mine), "base bytes": size(
-            {name: value for name, value in model.state_dict().items() if name not in trained}), **scores}
+    return {"trained": sum(p.numel() for p in trained.values()), "bytes": len(trained) and size(mine), **scores,
+            "base bytes": size({name: value for name, value in model.state_dict().items() if name not in trained})}
 
 
 def measure(model, parts, run):
