@@ -97,8 +97,7 @@ class Parser(argparse.ArgumentParser):
             except ValueError:
                 value = None
             if value is None or not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number from {low} to {high}, "
-                                                 f"not '{text}'")
+                raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number from {low} to {high}, not '{text}'")
             return value
         help += "" if default is None else f" (default: {default})"
         (group or self).add_argument(flag, type=check, default=default, help=help)

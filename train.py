@@ -91,8 +91,7 @@ def steps(title, args, first, write):
 
 def describe(args):
     """What a run must share with the one that it resumes."""
-    return {key: str(value) for key, value in vars(args).items()
-            if key not in ("resume", "out", "device", "sample_steps", "compile", "checkpoint")}
+    return {k: str(v) for k, v in vars(args).items() if k not in "resume out device sample_steps compile checkpoint".split()}
 
 
 def resumed(args, kind):
@@ -281,7 +280,9 @@ def arguments(argv=None):
 def main():
     args, start = arguments(), time.time()
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (gpu := int(os.environ.get("LOCAL_RANK", 0))) >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"process {gpu + 1} has no GPU ({gpus} here); start fewer processes, or give --device cpu")
+        torch.cuda.set_device(gpu)
     if args.pretrain:
         with claim(args.out):
             return pretrain(args)

@@ -174,6 +174,17 @@ def test_files_and_choices(script, command, word, files, tmp_path, capsys, monke
     assert before == {path: path.stat().st_mtime_ns for path in files.rglob("*") if path.name != "lock" and path.is_file()}
 
 
+def test_more_processes_than_gpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: pytest.fail(f"GPU {gpu} of two was taken"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert run(train, "--device", "cuda") == 2
+    one_sentence(capsys, "process 3", "2 here", "fewer processes")
+    assert not list(tmp_path.iterdir())
+
+
 def test_there_are_enough():
     assert len(NUMBERS) + len(CHOICES) + len(FILES) >= 150  # as README.md says
 
