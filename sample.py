@@ -111,6 +111,8 @@ def guard(main):
     """Run a script: bad input ends with one sentence and exit code 2, Ctrl-C with 130, neither with a traceback."""
     try:
         main()
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter where what is printed goes to head, say
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "peer" not in str(error):  # another process of torchrun's has died
             raise
@@ -118,8 +120,6 @@ def guard(main):
             error = f"{error.filename or 'the output'} can't be used ({error.strerror}); give another path"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def main():

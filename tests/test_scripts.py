@@ -157,3 +157,13 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tuned, tmp_path, name):
         assert len(found) == len(whole)
         assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(found, whole)), place
     assert refused > 30
+
+
+def test_a_closed_pipe_is_no_error():
+    """As after `| head`: what is no longer read ends a script without a word."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "tables.py", "several", "--log", "figures/tables.jsonl", "--rows", "none"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (130, "")
