@@ -232,7 +232,7 @@ def restored(args, row, subject="bix", seed=0):
     model, run = prepare(args, row, SUBJECTS[row], subject, seed)
     if run.steps:
         if not (run.out / "state.pt").exists():
-            raise ValueError(f"'{row}' has not been run for {subject}; run python tables.py subjects first")
+            raise ValueError(f"no '{row}' of {subject} in out/; first run tables.py subjects --subjects {subject} without --log")
         model.load_state_dict(load(run.out / "state.pt", "fine-tuning")["trained"], strict=False)
     return model.eval(), run
 
