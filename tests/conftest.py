@@ -3,13 +3,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they give
 
 
 def run(script, *args):
     """Run a script in this process; returns its exit code (0 if it returned)."""
-    from sample import guard
+    from runtime import guard
 
     argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
     try:

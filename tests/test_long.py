@@ -10,7 +10,7 @@ from bench import resident
 from data import toy
 from model import UNet
 from quant import quantize
-from sample import BASE
+from runtime import BASE
 
 
 @pytest.mark.skipif(math.isnan(resident()), reason="needs /proc/self/status")
@@ -18,8 +18,13 @@ def test_2000_steps_and_200_samplings(tmp_path, monkeypatch):
     args = train.arguments(["--steps", "2000", "--batch", "1", "--buckets", "2", "--out", str(tmp_path), "--device", "cpu"])
     model = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))
     quantize(model.to(memory_format=torch.channels_last), 4, 2, calibration="minmax")
-    bytes_, track, words = [], train.track, torch.tensor([toy.caption("sks creature")])
-    monkeypatch.setattr(train, "track", lambda *args: (track(*args), bytes_.append(resident())))
+    bytes_, show, words = [], train.Loop.show, torch.tensor([toy.caption("sks creature")])
+    
+    def show_and_weigh(*args):
+        show(*args)
+        bytes_.append(resident())
+
+    monkeypatch.setattr(train.Loop, "show", show_and_weigh)
     train.finetune(model, args, *toy.load_subject(BASE.parent / "subjects" / "mo"))
     for i in range(200):
         sample.sample(model, words, 2, seed=i, packed=i % 2 == 0)

@@ -9,13 +9,14 @@ from conftest import run
 from PIL import Image
 
 import bench
+import pretrain
+import runtime
 import sample
 import tables
 import train
 from data import toy
-from model import load, save
 from quant import adapter, quantize
-from sample import BASE, load_model
+from runtime import BASE, load, load_model, save
 
 
 def png(width, height, depth, color, data):
@@ -96,7 +97,7 @@ def files(tmp_path_factory):
     for name in ("no-state", "damaged-state", "other-state", "other-run", "old-state"):
         (folder / name).mkdir()
     (folder / "damaged-state" / "state.pt").write_bytes(b"PK"), save(base, folder / "other-state" / "state.pt")
-    args = train.describe(train.arguments(["--device", "cpu"]))
+    args = runtime.describe(train.arguments(["--device", "cpu"]))
     save({"kind": "fine-tuning", "args": {**args, "bits": "3"}}, folder / "other-run" / "state.pt")
     del args["bits"]
     save({"kind": "fine-tuning", "args": args, "step": 3}, folder / "old-state" / "state.pt")
@@ -131,7 +132,7 @@ def one_sentence(capsys, *words):
 
 CHOICES = [
     (train, "--scales in", "--scales"), (train, "--calibration best", "rowcol"), (train, "--device tpu", "--device"),
-    (train, "--colour", "--colour"), (train, "--compile", "compiler"), (train, "surplus", "surplus"), (train, "--base", "--base"),
+    (train, "--colour", "--colour"), (train, "--compile", "compiler"), (pretrain, "--compile", "compiler"), (train, "surplus", "surplus"), (train, "--base", "--base"),
     (sample, "--sampler euler", "ddpm"), (sample, "--device tpu", "--device"), (sample, "--adapter", "--adapter"),
     (tables, "everything", "recovery"), (tables, "subjects --subjects mo", "bix"), (tables, "subjects mo", "figures"),
     (bench, "taste", "speed"), (bench, "speed --sizes vast", "default"),

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-from model import load
 from quant import deltas, quantize
-from sample import BASE, load_model
+from runtime import BASE, claim, load, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,11 +22,14 @@ def start(*args, processes=1, script="train.py"):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def quick(folder):
-    """train.py, but it saves after every third step, and pretraining ends without scores."""
-    script = folder / "quick.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train; from sample import guard\n"
-                      "train.SAVE = 3; train.score_base = lambda *_: None; guard(train.main)")
+def quick(folder, name):
+    """A script, but it saves after every third step, and pretraining ends without scores."""
+    script = folder / f"quick_{name}.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import {name}, runtime
+runtime.SAVE_EVERY = 3
+{name}.score_base = lambda *_: None
+runtime.guard({name}.main)""")
     return script
 
 
@@ -59,9 +60,9 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path, flags):
 
 
 def test_pretraining_in_two_processes(tmp_path):
-    flags = ["--pretrain", "--steps", 2, "--seed", 3]
-    finished(*flags, "--batch", 8, "--out", tmp_path / "one", script=quick(tmp_path))
-    finished(*flags, "--batch", 4, "--out", tmp_path / "two", processes=2, script=quick(tmp_path))
+    flags = ["--steps", 2, "--seed", 3]
+    finished(*flags, "--batch", 8, "--out", tmp_path / "one", script=quick(tmp_path, "pretrain"))
+    finished(*flags, "--batch", 4, "--out", tmp_path / "two", processes=2, script=quick(tmp_path, "pretrain"))
     one, two = (load(tmp_path / name / "state.pt", "pretraining")["model"] for name in ("one", "two"))
     for name, p in one.items():
         torch.testing.assert_close(two[name], p, rtol=0, atol=1e-3)
@@ -69,7 +70,7 @@ def test_pretraining_in_two_processes(tmp_path):
 
 def test_the_death_of_a_process_ends_the_run(tmp_path):
     run = start("--steps", 5000, "--batch", 1, "--calibration", "minmax", "--sample-steps", 1, "--out", tmp_path, processes=2,
-                script=quick(tmp_path))
+                script=quick(tmp_path, "train"))
     children, deadline = [], time.time() + 200
     while time.time() < deadline and not (tmp_path / "state.pt").exists():
         assert run.poll() is None, run.communicate()
@@ -99,13 +100,13 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     finished("--steps", 1, "--sample-steps", 1, "--calibration", "minmax", "--out", tmp_path)  # a killed run holds nothing
 
 
-LIMITED = "import resource, train; from sample import guard; train.SAVE = 1; count = []; old = train.save\n" \
+LIMITED = "import resource, runtime, train; runtime.SAVE_EVERY = 1; count = []; old = train.save\n" \
           "def save(*args):\n" \
           "    count.append(0)\n" \
           "    len(count) > 1 and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n" \
           "    old(*args)\n" \
           "train.save = save\n" \
-          "guard(train.main)"
+          "runtime.guard(train.main)"
 
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path):
@@ -114,4 +115,4 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path):
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("-c: ") and "state.pt" in run.stderr.splitlines()[-1]
     assert load(tmp_path / "state.pt", "fine-tuning")["step"] == 1 and not list(tmp_path.glob("*.tmp"))
-    train.claim(tmp_path).close()
+    claim(tmp_path).close()

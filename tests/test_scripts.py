@@ -12,12 +12,13 @@ import torch
 from conftest import run
 from PIL import Image
 
+import pretrain
+import runtime
 import sample
 import train
 from data import toy
-from model import load
 from quant import deltas, quantize
-from sample import BASE, load_model
+from runtime import BASE, load, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,12 +100,12 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE", 2)
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
     args = Namespace(seed=0, lr=0.01, batch=2, prior=1.0, steps=6, buckets=2, device="cpu", compile=False,
                      checkpoint=False)
     subject = toy.load_subject(BASE.parent / "subjects" / "mo")
     make = lambda: quantize(load_model(BASE), 4, 2, calibration="minmax")
-    whole, parts, steps, track = [], [], [], train.track
+    whole, parts, steps, show = [], [], [], train.Loop.show
 
     def stopping(*args):
         steps.append(0)
@@ -115,10 +116,10 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
         args.out.mkdir()
         models.append(make())
         if models is parts:
-            monkeypatch.setattr(train, "track", stopping)
+            monkeypatch.setattr(train.Loop, "show", stopping)
             with pytest.raises(Stop):
                 train.finetune(models[0], args, *subject)
-            monkeypatch.setattr(train, "track", track)
+            monkeypatch.setattr(train.Loop, "show", show)
             models[0] = make()
         state = load(args.out / "state.pt", "fine-tuning") if models is parts else None
         train.finetune(models[0], args, *subject, state)
@@ -127,12 +128,12 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
 
 
 def test_pretraining_runs_resumes_and_is_a_base(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "score_base", lambda *a: None)  # draws 400 pictures
-    args = ("--pretrain", "--batch", 4, "--device", "cpu")
-    monkeypatch.setattr(train, "SAVE", 2)
-    assert run(train, *args, "--steps", 4, "--out", tmp_path / "a") == 0
-    assert run(train, *args, "--steps", 4, "--out", tmp_path / "a", "--resume") == 0  # nothing is left to do
-    assert run(train, *args, "--steps", 4, "--out", tmp_path / "b") == 0
+    monkeypatch.setattr(pretrain, "score_base", lambda *a: None)  # draws 400 pictures
+    args = ("--batch", 4, "--device", "cpu")
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
+    assert run(pretrain, *args, "--steps", 4, "--out", tmp_path / "a") == 0
+    assert run(pretrain, *args, "--steps", 4, "--out", tmp_path / "a", "--resume") == 0  # nothing is left to do
+    assert run(pretrain, *args, "--steps", 4, "--out", tmp_path / "b") == 0
     one, two = (torch.load(tmp_path / x / "base.pt", weights_only=True)["model"] for x in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one) and (tmp_path / "a" / "base.pt").stat().st_size < 6e6
     assert run(train, "--base", tmp_path / "a" / "base.pt", "--steps", 1, "--sample-steps", 1, "--out", tmp_path / "c") == 0
@@ -163,7 +164,7 @@ def test_a_closed_pipe_is_no_error():
     """As after `| head`: what is no longer read ends a script without a word."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "tables.py", "several", "--log", "figures/tables.jsonl", "--rows", "none"]
+    command = [sys.executable, "experiments/tables.py", "several", "--log", "experiments/runs.jsonl", "--rows", "none"]
     ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (130, "")

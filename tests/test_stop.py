@@ -11,20 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
+import runtime
 import train
-from model import load
-from sample import load_model
+from data import toy
+from quant import deltas, quantize
+from runtime import BASE, load, load_model, save
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "import sys, train; from sample import guard; train.SAVE = 1; train.score_base = print; guard(train.main)"
+SCRIPT = (
+    "import {0}, runtime; runtime.SAVE_EVERY = 1; {0}.score_base = print; runtime.guard({0}.main)"
+)
 JOBS = {  # of as many steps that none ends before it is killed; a state is saved after each
-    "fine-tuning": (["--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1], 120, 20,
+    "fine-tuning": ("train", ["--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1], 120, 20,
                     ("adapter.pt", "tuned.pt", "grid.png")),
-    "pretraining": (["--pretrain", "--batch", 1], 20, 4, ("base.pt",))}
+    "pretraining": ("pretrain", ["--batch", 1], 20, 4, ("base.pt",))}
 
 
-def start(out, *flags):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, flags), "--device", "cpu", "--out", out], cwd=ROOT,
+def start(out, script, *flags):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(script), *map(str, flags), "--device", "cpu", "--out", out], cwd=ROOT,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -40,11 +44,11 @@ def newer(path, before):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_and_resumed_at_random_moments(job, tmp_path):
-    (flags, steps, kills, files), folder, moment, halves = JOBS[job], tmp_path / "killed", random.Random(0), 0
+    (script, flags, steps, kills, files), folder, moment, halves = JOBS[job], tmp_path / "killed", random.Random(0), 0
     flags = [*flags, "--steps", steps]
-    whole = start(tmp_path / "whole", *flags)
+    whole = start(tmp_path / "whole", script, *flags)
     for kill in range(kills + 1):  # the last is Ctrl-C
-        process = start(folder, *flags, *["--resume"] * (kill > 0))
+        process = start(folder, script, *flags, *["--resume"] * (kill > 0))
         wait(process, partial(newer, folder / "state.pt", (folder / "state.pt").stat().st_mtime_ns if kill else 0))
         if kill % 2:  # while it writes
             wait(process, lambda: any(folder.glob("*.tmp")))
@@ -56,7 +60,7 @@ def test_killed_and_resumed_at_random_moments(job, tmp_path):
         assert process.returncode == (-signal.SIGKILL if kill < kills else 130), err
         assert 0 < load(folder / "state.pt", job)["step"] < steps
     assert halves and "--resume" in out and "Traceback" not in err
-    last = start(folder, *flags, "--resume")
+    last = start(folder, script, *flags, "--resume")
     for process in (whole, last):
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -66,24 +70,24 @@ def test_killed_and_resumed_at_random_moments(job, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_step_bucket_and_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE", 2)
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
     args = train.arguments(["--steps", "9", "--batch", "2", "--buckets", "2", "--out", str(tmp_path), "--device", "cpu"])
-    model, count = train.quantize(load_model(train.BASE), 4, 2, calibration="minmax"), []
-    instance, captions = train.toy.load_subject(train.BASE.parent / "subjects" / "mo", train.WORD)
+    model, count = quantize(load_model(BASE), 4, 2, calibration="minmax"), []
+    instance, captions = toy.load_subject(BASE.parent / "subjects" / "mo", train.WORD)
 
-    def loss(self, net, x0, words, t, eps):
+    def error(self, v, x0, t, eps):
         count.append(0)
-        return (net(x0, t, words) - eps).square().mean((1, 2, 3)) * torch.where((t < 500) & (len(count) > 3), torch.nan, 1)
+        return (v - eps).square().mean((1, 2, 3)) * torch.where((t < 500) & (len(count) > 3), torch.nan, 1)
 
-    monkeypatch.setattr(train.Diffusion, "loss", loss)
+    monkeypatch.setattr(train.Diffusion, "squared_error", error)
     with pytest.raises(ValueError, match=r"step 3, timestep bucket \[0\].*state.pt has step 2"):
         train.finetune(model, args, instance, captions)
-    assert all(delta.isfinite().all() for delta in train.deltas(model).values())
+    assert all(delta.isfinite().all() for delta in deltas(model).values())
 
 
 def test_a_run_of_other_arguments_is_not_resumed(tmp_path):
     args = train.arguments(["--lr", "0.01", "--out", str(tmp_path)])
-    train.save({"kind": "fine-tuning", "args": train.describe(Namespace(**{**vars(args), "lr": 0.02, "bits": 3}))},
+    save({"kind": "fine-tuning", "args": runtime.describe(Namespace(**{**vars(args), "lr": 0.02, "bits": 3}))},
                tmp_path / "state.pt")
     with pytest.raises(ValueError, match="--bits 3 --lr 0.02"):
-        train.resumed(args, "fine-tuning")
+        runtime.resumed(args, "fine-tuning")

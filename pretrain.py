@@ -1,0 +1,169 @@
+"""Make the base, a float UNet that knows the toy world: python pretrain.py
+
+It takes hours on a CPU. The base that ships (data/base.pt) was made so; see experiments/RESULTS.md.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from data import toy
+from data.score import matches, score
+from model import Diffusion, UNet
+from quant import equal_edges
+from runtime import (
+    RANK,
+    WORLD,
+    Loop,
+    Parser,
+    claim,
+    describe,
+    guard,
+    load_model,
+    parallel,
+    resumed,
+    save,
+    share,
+    use_device,
+)
+from sample import sample
+
+FOCUS = (
+    0.5  # timesteps in the middle, where a creature's details are decided, are drawn twice as often
+)
+
+
+def arguments(argv=None):
+    """The flags."""
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.run(
+        steps=20000,
+        lr=2e-3,
+        lr_help="learning rate",
+        batch=64,
+        batch_help="images a step, by each process",
+        out_help="folder to write (default: out/pretrain)",
+    )
+    args = parser.parse_run(argv)
+    args.out = args.out or Path("out") / "pretrain"
+    return args
+
+
+def learning_rate(args, step):
+    """Warm up over 100 steps, hold, then down to zero over the last third."""
+    warm_up = (step + 1) / 100
+    cool_down = (args.steps - step) / (args.steps / 3)
+    return args.lr * min(1, warm_up, cool_down)
+
+
+def pretrain(args):
+    """Train a UNet; write the moving average (EMA) of its weights to base.pt, as float16."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    diffusion = Diffusion()
+    model = UNet(vocab=len(toy.VOCAB), slots=toy.SLOTS)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    first = 0
+    if args.resume:
+        state = resumed(args, "pretraining", may_differ=("steps",))  # it may go on for longer
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+
+    def save_state(step):
+        state = {
+            "kind": "pretraining",
+            "step": step,
+            "args": describe(args),
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+        base = {
+            "kind": "model",
+            "config": model.config,
+            "step": step,
+            "seed": args.seed,
+            "model": {name: value.half() for name, value in ema.state_dict().items()},
+        }
+        save(state, args.out / "state.pt")
+        save(base, args.out / "base.pt")
+
+    net = parallel(model, args)
+    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), save_state)
+    for step in loop:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+
+        x0, words = toy.sample_scenes(args.batch * WORLD, generator)  # (N, 3, 16, 16), (N, L)
+        t = diffusion.draw_timesteps(len(x0), generator, FOCUS)  # (N,)
+        eps = torch.randn(x0.shape, generator=generator)  # (N, 3, 16, 16)
+        x0, words, t, eps = [share(a).to(args.device) for a in (x0, words, t, eps)]
+
+        x0 = x0.to(memory_format=torch.channels_last)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            v = net(diffusion.q_sample(x0, t, eps), t, words)  # (N, 3, 16, 16)
+        error = diffusion.squared_error(v, x0, t, eps)  # (N,)
+        loop.check(error, t, step)
+
+        optimizer.zero_grad()
+        error.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        update_ema(ema, model, step)
+        loop.show(error, t)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move the average 0.001 of the way to the model; further in the first steps."""
+    decay = min(0.999, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def score_base(model, seed, n=200):
+    """Print how many of n plain images are all as their captions say, and how many of n creatures
+    are whole ones."""
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    def scene(shapes):
+        color = pick(list(toy.COLORS))
+        shape = pick(shapes)
+        background = pick(list(toy.COLORS))
+        return f"{color} {shape} on {background} {pick(toy.PATTERNS)}"
+
+    for what, shapes in (("plain images", list(toy.SHAPES)), ("creatures", ["creature"])):
+        words = torch.tensor([toy.caption(scene(shapes)) for _ in range(n)])
+        images = sample(model, words, seed=seed, progress=True)
+        right = (score(images, words)["prompt"] == 1).sum()
+        whole = matches(images).sum()
+        print(
+            f"{n} {what}: {right / n:.1%} all as the caption says; "
+            f"{whole / n:.1%} match a scene of the world, pixel by pixel"
+        )
+
+
+def main():
+    args = arguments()
+    use_device(args.device)
+    with claim(args.out):
+        pretrain(args)
+        if RANK == 0:
+            path = args.out / "base.pt"
+            score_base(load_model(path, args.device), args.seed)
+            print(f"wrote {path}; use it with python train.py --base {path}")
+
+
+if __name__ == "__main__":
+    guard(main)
