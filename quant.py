@@ -138,12 +138,15 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-class OneBucket(torch.autograd.Function):
-    """y = W x + bias, for a batch whose samples share a bucket: W has the scales of that bucket.
+# fmt: off  (the shape comments stand in one column)
 
-    x: (N, I, H, W) for a convolution, (N, ..., I) for a linear layer. d_out (O,), d_in (I,): the
-    bucket's deltas; d_in is None if columns aren't scaled. bias: (O,) or None. layer: the
-    QuantLayer.
+
+class OneBucket(torch.autograd.Function):
+    """y = W x + bias, if all samples of a batch share a bucket: W has the scales of that bucket.
+
+    Shapes are written for a convolution; a linear layer has x (N, ..., I) and y (N, ..., O).
+    d_out (O,), d_in (I,): the deltas of the bucket; d_in is None if columns aren't scaled. bias:
+    (O,) or None. layer: the QuantLayer.
     """
 
     @staticmethod
@@ -152,58 +155,60 @@ class OneBucket(torch.autograd.Function):
 
         # y = W x + bias
         w = layer.dequantize(d_out, d_in, x.dtype)  # (O, I, *kernel)
-        y = layer.matmul(x, w, bias)  # (N, O, H, W)
+        y = layer.matmul(x, w, bias)  # (N, O, H', W')
 
         ctx.layer = layer
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x if train_in else None, y if train_out else None, d_out, d_in, bias)
+        kept_x = x if train_in else None
+        kept_y = y if train_out else None
+        ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)  # and not w
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # (N, O, H', W')
         x, y, d_out, d_in, bias = ctx.saved_tensors
         layer = ctx.layer
-        need_gx, train_out, train_in, train_bias, _ = ctx.needs_input_grad
-        batch = layer.batch_dims(g)
-        gx = g_out = g_in = g_bias = None
+        train_x, train_out, train_in, train_bias, _ = ctx.needs_input_grad
+        dims = layer.batch_dims(g)  # samples and positions
+        gx = grad_out = grad_in = grad_bias = None
 
         # gx = W^T g
-        if need_gx or train_in:
-            w = layer.dequantize(d_out, d_in, g.dtype)  # (O, I, *kernel)
+        if train_x or train_in:
+            w = layer.dequantize(d_out, d_in, g.dtype)  # (O, I, *kernel), built again
             gx = layer.input_grad(g, ctx.x_shape, w)  # (N, I, H, W)
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            g_out = sum_of_product(g, y, batch, d_out.dtype)  # (O,)
+            grad_out = sum_of_product(g, y, dims, d_out.dtype)  # (O,)
             if bias is not None:
-                g_out = g_out - bias * sum_over(g, batch, d_out.dtype)
+                grad_out = grad_out - bias * sum_over(g, dims, d_out.dtype)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            g_in = sum_of_product(gx, x, batch, d_in.dtype)  # (I,)
+            grad_in = sum_of_product(gx, x, dims, d_in.dtype)  # (I,)
 
         # dL/dbias = sum of g
         if train_bias:
-            g_bias = sum_over(g, batch, bias.dtype)  # (O,)
-        return gx, g_out, g_in, g_bias, None
+            grad_bias = sum_over(g, dims, bias.dtype)  # (O,)
+        return gx, grad_out, grad_in, grad_bias, None
 
 
 class MixedBuckets(torch.autograd.Function):
-    """y = exp(d_out) W (exp(d_in) x) + bias, each sample with the deltas of its own bucket: W has
-    the base's scales.
+    """y = exp(d_out) * W (exp(d_in) * x) + bias, each sample with the deltas of its own bucket.
 
-    x, bias, layer: as in OneBucket. d_out (n, O), d_in (n, I) or None: the deltas of the n
-    buckets in the batch. rows (N,): the row of d_out and d_in that belongs to each sample.
+    W has the base's scales. It serves all samples, so one matmul does. x, bias, layer: as for
+    OneBucket. d_out (n, O), d_in (n, I) or None: the deltas of the n buckets in the batch. rows
+    (N,): the row of d_out and d_in that belongs to each sample.
     """
 
     @staticmethod
     def forward(ctx, x, d_out, d_in, bias, layer, rows):
         _, train_out, train_in, _, _, _ = ctx.needs_input_grad
 
-        # y = exp(d_out) W (exp(d_in) x) + bias
+        # y = exp(d_out) * W (exp(d_in) * x) + bias
         w = layer.dequantize(dtype=x.dtype)  # (O, I, *kernel)
-        y = layer.matmul(layer.scale_samples(x, d_in, rows), w)  # (N, O, H, W)
+        y = layer.matmul(layer.scale_samples(x, d_in, rows), w)  # (N, O, H', W')
         y = layer.scale_samples(y, d_out, rows)
         if bias is not None:
             y = y + layer.along_channels(bias[None], y)
@@ -211,45 +216,50 @@ class MixedBuckets(torch.autograd.Function):
         ctx.layer = layer
         ctx.rows = rows
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x if train_in else None, y if train_out else None, d_out, d_in, bias)
+        kept_x = x if train_in else None
+        kept_y = y if train_out else None
+        ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g):  # (N, O, H', W')
         x, y, d_out, d_in, bias = ctx.saved_tensors
-        layer = ctx.layer
-        rows = ctx.rows
-        need_gx, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
-        positions = layer.position_dims(g)
-        gx = g_out = g_in = g_bias = None
+        layer, rows = ctx.layer, ctx.rows
+        train_x, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
+        dims = layer.position_dims(g)  # positions, not samples
+        gx = grad_out = grad_in = grad_bias = None
 
-        # gx = exp(d_in) W^T (exp(d_out) g)
-        if need_gx or train_in:
+        # gx = exp(d_in) * W^T (exp(d_out) * g)
+        if train_x or train_in:
             w = layer.dequantize(dtype=g.dtype)  # (O, I, *kernel)
-            gx = layer.input_grad(layer.scale_samples(g, d_out, rows), ctx.x_shape, w)
-            gx = layer.scale_samples(gx, d_in, rows)  # (N, I, H, W)
+            gx = layer.scale_samples(g, d_out, rows)  # (N, O, H', W')
+            gx = layer.input_grad(gx, ctx.x_shape, w)  # (N, I, H, W)
+            gx = layer.scale_samples(gx, d_in, rows)
 
-        # of_bucket[b, n] is 1 if sample n is in bucket b: its product with a value for each
-        # sample adds up the buckets'
-        of_bucket = F.one_hot(rows, len(d_out)).to(d_out.dtype).T  # (n, N)
+        # is_in[b, k] is 1 if sample k is in bucket b, so that is_in @ (a value for each sample)
+        # adds up the values of each bucket
+        is_in = F.one_hot(rows, len(d_out)).to(d_out.dtype).T  # (n, N)
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            each = sum_of_product(g, y, positions, d_out.dtype)  # (N, O)
+            each = sum_of_product(g, y, dims, d_out.dtype)  # (N, O)
             if bias is not None:
-                each = each - bias * sum_over(g, positions, d_out.dtype)
-            g_out = of_bucket @ each  # (n, O)
+                each = each - bias * sum_over(g, dims, d_out.dtype)
+            grad_out = is_in @ each  # (n, O)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            each = sum_of_product(gx, x, positions, d_in.dtype)  # (N, I)
-            g_in = of_bucket @ each  # (n, I)
+            each = sum_of_product(gx, x, dims, d_in.dtype)  # (N, I)
+            grad_in = is_in @ each  # (n, I)
 
         # dL/dbias = sum of g
         if train_bias:
-            g_bias = sum_over(g, layer.batch_dims(g), bias.dtype)  # (O,)
-        return gx, g_out, g_in, g_bias, None, None
+            grad_bias = sum_over(g, layer.batch_dims(g), bias.dtype)  # (O,)
+        return gx, grad_out, grad_in, grad_bias, None, None
+
+
+# fmt: on
 
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
