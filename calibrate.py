@@ -1,17 +1,17 @@
-"""Where the scales start: three ways to find the integers and the grid of a weight, none of which
-needs data.
+"""Where quantization starts: three ways to find the integers and the scales of a weight.
 
-A grid has one step size and one zero point for each row (output channel), and one scale for each
-column (input channel):
+A grid has a step size s_out and a zero point for each row (output channel), and a scale s_in for
+each column (input channel). The weight is replaced by
 
-    W[o, i] is replaced by s_out[o] * (q[o, i] - zero_point[o]) * s_in[i]    q in 0 .. 2^n_bits - 1
+    W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]    codes in 0 .. 2^n_bits - 1
 
-    minmax    each row's grid reaches from its least to its greatest weight; s_in = 1
-    mse       each row's grid is shrunk until its squared error is least; s_in = 1
-    rowcol    columns are balanced against rows first, then s_out, s_in and q are fitted in turn
+    minmax    the grid of each row reaches from its smallest to its largest weight; s_in is 1
+    mse       the range of each row is shrunk until the squared error is smallest; s_in is 1
+    rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
 
-Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K taps of the kernel (1
-for a linear layer). Each calibration takes (w, n_bits) and returns a Grid, in w's dtype.
+Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K positions of the kernel
+(1 for a linear layer). A calibration takes (w, n_bits) and returns a Grid of w's dtype. It needs no
+data.
 """
 
 from typing import NamedTuple
@@ -21,15 +21,15 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """The integers of a weight, and the grid that they count the steps of."""
+    """A quantized weight: integers, and the grid that they lie on."""
 
     codes: Tensor  # (G, O, I, K), whole numbers in 0 .. 2^n_bits - 1
-    zero_point: Tensor  # (G, O, 1, 1), the code of the weight 0: a whole number in the same range
+    zero_point: Tensor  # (G, O, 1, 1), the code of a weight of 0, in the same range
     s_out: Tensor  # (G, O, 1, 1), greater than 0
     s_in: Tensor  # (G, 1, I, 1)
 
     def weight(self) -> Tensor:
-        """The weight that the grid stands for: (G, O, I, K)."""
+        """The float weight: (G, O, I, K)."""
         return (self.codes - self.zero_point) * self.s_out * self.s_in
 
 
@@ -39,8 +39,9 @@ def nearest_codes(w: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> 
 
 
 def minmax(w: Tensor, n_bits: int, shrink: float = 1.0) -> Grid:
-    """A grid for each row from its least to its greatest weight, both times `shrink`. The grid
-    always includes 0.
+    """A grid for each row that reaches from its smallest to its largest weight, and includes 0.
+
+    Both ends are multiplied by shrink.
     """
     low = w.amin((2, 3), keepdim=True).clamp(max=0) * shrink  # (G, O, 1, 1)
     high = w.amax((2, 3), keepdim=True).clamp(min=0) * shrink  # (G, O, 1, 1)
@@ -52,12 +53,11 @@ def minmax(w: Tensor, n_bits: int, shrink: float = 1.0) -> Grid:
     return Grid(codes, zero_point, s_out, s_in)
 
 
-def mse(w: Tensor, n_bits: int, percents: int = 80) -> Grid:
-    """minmax, the range of each row shrunk by the percentage (0 .. percents - 1) that leaves the
-    least squared error.
+def mse(w: Tensor, n_bits: int, max_percent: int = 79) -> Grid:
+    """minmax, with the range of each row shrunk by the percentage that minimizes its squared error.
 
-    A few large weights make a row's steps wide. Cutting them off costs an error there and makes
-    all others finer.
+    A few large weights make the steps of a row wide. To clip them costs an error there, but all
+    other weights get a finer grid.
     """
 
     def squared_error(grid):  # (G, O, 1, 1)
@@ -65,7 +65,7 @@ def mse(w: Tensor, n_bits: int, percents: int = 80) -> Grid:
 
     best = minmax(w, n_bits)
     least = squared_error(best)
-    for percent in range(1, percents):
+    for percent in range(1, max_percent + 1):
         shrunk = minmax(w, n_bits, 1 - percent / 100)
         error = squared_error(shrunk)
         better = error < least
@@ -80,13 +80,11 @@ def mse(w: Tensor, n_bits: int, percents: int = 80) -> Grid:
 
 
 def rowcol(w: Tensor, n_bits: int, rounds: int = 12) -> Grid:
-    """Rows and columns together: balance the columns, find each row's grid, then fit s_out, s_in
-    and codes in turn.
-    """
+    """Scales for rows and columns: balance the columns, then fit s_out, s_in and codes in turn."""
     s_in = balance_columns(w)
     codes, zero_point, s_out, _ = mse(w / s_in, n_bits)
     for _ in range(rounds):
-        # each of the two has a closed form while the other and the codes stay as they are
+        # with the codes and the other scale fixed, each scale has a closed form
         s_out = least_squares_scale(w, (codes - zero_point) * s_in, s_out, dims=(2, 3))
         s_in = least_squares_scale(w, (codes - zero_point) * s_out, s_in, dims=(1, 3))
         codes = nearest_codes(w, s_out * s_in, zero_point, n_bits)
@@ -94,37 +92,38 @@ def rowcol(w: Tensor, n_bits: int, rounds: int = 12) -> Grid:
 
 
 def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
-    """Scales s_in (G, 1, I, 1) of the columns, so that those of w / s_in are about equally large
-    (SINQ, arXiv 2509.22944).
+    """Scales s_in (G, 1, I, 1) that give the columns of w / s_in similar standard deviations.
 
-    One grid serves a whole row. A column of small weights then gets a few of its codes only, and
-    a column of large ones makes its steps wide. Sinkhorn's iteration divides rows and columns by
-    their standard deviations in turn, until all are alike. The imbalance is the greatest
-    deviation over the least. It may rise again, so the best round counts.
+    All columns of a row share its grid. If their sizes differ, the large columns make the steps
+    wide, and the small ones are rounded to a few codes. Sinkhorn's iteration divides rows and
+    columns by their standard deviations until all are similar (SINQ, arXiv 2509.22944).
+
+    The imbalance is the largest deviation over the smallest. It doesn't fall in every round, so the
+    scales of the best round are returned.
     """
-    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), what the rows have been divided by
-    c = torch.ones_like(w[:, :1, :, :1])  # (G, 1, I, 1), and the columns
+    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), the divisors of the rows
+    c = torch.ones_like(w[:, :1, :, :1])  # (G, 1, I, 1), and of the columns
     best, least = c, float("inf")
     for _ in range(rounds + 1):
         balanced = w / (r * c)
-        rows = deviation(balanced, (2, 3))  # (G, O, 1, 1)
-        cols = deviation(balanced, (1, 3))  # (G, 1, I, 1)
-        smallest = torch.minimum(rows.amin(1, True), cols.amin(2, True))  # (G, 1, 1, 1)
-        largest = torch.maximum(rows.amax(1, True), cols.amax(2, True))
+        row_std = deviation(balanced, (2, 3))  # (G, O, 1, 1)
+        col_std = deviation(balanced, (1, 3))  # (G, 1, I, 1)
+        smallest = torch.minimum(row_std.amin(1, True), col_std.amin(2, True))  # (G, 1, 1, 1)
+        largest = torch.maximum(row_std.amax(1, True), col_std.amax(2, True))
         imbalance = largest / smallest
         best = torch.where(imbalance < least, c, best)
         least = imbalance.clamp(max=least)
-        # a bounded step towards the smallest deviation: an outlier must not decide a scale at
-        # once
-        r = r * (rows / smallest).clamp(0.7, 2)
-        c = c * (cols / smallest).clamp(0.7, 2)
+        # divide by at most 2 in a round, so that an outlier doesn't decide a scale at once
+        r = r * (row_std / smallest).clamp(max=2)
+        c = c * (col_std / smallest).clamp(max=2)
     return best
 
 
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
-    """Standard deviation of w over dims, which stay with size 1. A row or column of equal
-    weights, which needs no balancing, gets its group's largest: 0 would be the smallest of all,
-    and the others would be divided by it.
+    """The standard deviation of w over dims, which stay, with size 1.
+
+    A row or column of equal weights needs no balancing. Its deviation of 0 is replaced by the
+    largest of its group: otherwise all others would be scaled towards 0.
     """
     std = w.std(dims, keepdim=True, correction=0)
     largest = std.amax((1, 2), True)
@@ -132,9 +131,7 @@ def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
 
 
 def least_squares_scale(w: Tensor, a: Tensor, old: Tensor, dims: tuple[int, int]) -> Tensor:
-    """The scale s that makes |w - s a|^2 least over dims: <w, a> / <a, a>. If a is all zero
-    there, any does: the old one.
-    """
+    """The scale s that minimizes |w - s a|^2 over dims, <w, a> / <a, a>; old if a is 0 there."""
     norm = a.square().sum(dims, keepdim=True)
     return torch.where(norm > 0, (w * a).sum(dims, keepdim=True) / norm, old)
 

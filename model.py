@@ -1,9 +1,8 @@
-"""A small pixel-space UNet, and the diffusion process that it is trained with: DDPM (Ho et al. 2020)
-with v prediction.
+"""A small pixel-space UNet and the diffusion process that trains it (DDPM, Ho et al. 2020).
 
-Read from the top: residual block, attention, the UNet, then the process. N images of C channels,
-H x W pixels; L caption words; D channels inside the UNet. t counts timesteps from 0 (nearly the
-image) to T - 1 (nearly noise).
+From the leaves up: residual block, attention, the UNet, then the process. Shapes: N images of C
+channels and H x W pixels, D channels inside the UNet, captions of L words. Timesteps t run from 0
+(nearly the image) to T - 1 (nearly noise).
 """
 
 import math
@@ -16,9 +15,12 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# The formatter would move the shape comments out of their column.
+# fmt: off
+
 
 class ResBlock(nn.Module):
-    """Two convolutions around a residual. The timestep scales and shifts what the second one sees."""
+    """A residual of two convolutions. emb (timestep and caption) scales and shifts its middle."""
 
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
@@ -38,11 +40,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel attends to the other pixels, then to the words of the caption."""
+    """Self-attention over the pixels, then cross-attention to the words of the caption."""
 
-    def __init__(self, c, c_words, head=32):
+    def __init__(self, c, c_words, head_dim=32):
         super().__init__()
-        self.head = head
+        self.head_dim = head_dim
         self.norm1 = nn.GroupNorm(8, c)
         self.qkv = nn.Linear(c, 3 * c)
         self.out1 = nn.Linear(c, c)
@@ -51,10 +53,10 @@ class Attention(nn.Module):
         self.kv = nn.Linear(c_words, 2 * c)
         self.out2 = nn.Linear(c, c)
 
-    def attend(self, q, k, v):                                      # (N, HW, D), (N, L, D) twice
-        q = rearrange(q, "n l (h d) -> n h l d", d=self.head)
-        k = rearrange(k, "n l (h d) -> n h l d", d=self.head)
-        v = rearrange(v, "n l (h d) -> n h l d", d=self.head)
+    def attend(self, q, k, v):                                      # (N, HW, D), keys, values
+        q = rearrange(q, "n l (h d) -> n h l d", d=self.head_dim)
+        k = rearrange(k, "n l (h d) -> n h l d", d=self.head_dim)
+        v = rearrange(v, "n l (h d) -> n h l d", d=self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v)
         return rearrange(y, "n h l d -> n l (h d)")                 # (N, HW, D)
 
@@ -62,39 +64,39 @@ class Attention(nn.Module):
         h = rearrange(x, "n d h w -> n (h w) d")                    # (N, HW, D)
         y = rearrange(self.norm1(x), "n d h w -> n (h w) d")
         q, k, v = self.qkv(y).chunk(3, -1)
-        h = h + self.out1(self.attend(q, k, v))                     # the pixels
+        h = h + self.out1(self.attend(q, k, v))                     # self-attention
         q = self.q(self.norm2(h))
         k, v = self.kv(words).chunk(2, -1)
-        h = h + self.out2(self.attend(q, k, v))                     # the words
+        h = h + self.out2(self.attend(q, k, v))                     # cross-attention
         return rearrange(h, "n (h w) d -> n d h w", h=x.shape[2])   # (N, D, H, W)
 
 
-class Level(nn.ModuleList):
-    """A residual block and, if the level has it, attention."""
+class Stage(nn.ModuleList):
+    """A residual block, followed by attention in some resolutions."""
 
     def __init__(self, c_in, c_out, c_emb, c_words, attention):
         super().__init__([ResBlock(c_in, c_out, c_emb)])
         if attention:
             self.append(Attention(c_out, c_words))
 
-    def forward(self, h, emb, words, run_block):                    # (N, c_in, H, W)
-        h = run_block(self[0], h, emb)
+    def forward(self, h, emb, words, call):                         # (N, c_in, H, W)
+        h = call(self[0], h, emb)
         if len(self) == 2:
-            h = run_block(self[1], h, words)
+            h = call(self[1], h, words)
         return h                                                    # (N, c_out, H, W)
 
 
-def run_block(block, *args):
-    """block(*args). UNet.checkpoint_blocks puts torch.utils.checkpoint in its place."""
+def call(block, *args):
+    """block(*args). UNet.checkpoint_blocks replaces it by torch.utils.checkpoint."""
     return block(*args)
 
 
 class UNet(nn.Module):
     """Predicts v from a noisy image, its timestep and its caption.
 
-    channels: D of each level, each half the size of the one before. attention: the levels that have
-    it (0 is the finest). blocks: residual blocks of a level. vocab, slots: the size of the
-    vocabulary, and L. All of it is in .config, which travels in checkpoints.
+    channels: D at each resolution; each is half of the one before. attention: the resolutions with
+    attention, 0 is the highest. blocks: stages at each resolution. vocab: words in the vocabulary.
+    slots: words of a caption, L. All of it is in .config, which travels in checkpoints.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class UNet(nn.Module):
             "slots": slots,
             "c_image": c_image,
         }
-        self.run_block = run_block
+        self.call = call
 
         self.c_time = channels[0]
         self.time = nn.Sequential(
@@ -134,20 +136,20 @@ class UNet(nn.Module):
         c = channels[0]
         skips = []
         self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
         for i, c_out in enumerate(channels):
             for _ in range(blocks):
-                self.down.append(Level(c, c_out, c_emb, c_words, i in attention))
+                self.down.append(Stage(c, c_out, c_emb, c_words, i in attention))
                 c = c_out
                 skips.append(c)
             if i < coarsest:
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
 
-        self.middle = Level(c, c, c_emb, c_words, coarsest in attention)
+        self.middle = Stage(c, c, c_emb, c_words, coarsest in attention)
 
-        self.up = nn.ModuleList()
         for i in range(coarsest, -1, -1):
             for _ in range(blocks):
-                self.up.append(Level(c + skips.pop(), channels[i], c_emb, c_words, i in attention))
+                self.up.append(Stage(c + skips.pop(), channels[i], c_emb, c_words, i in attention))
                 c = channels[i]
             if i > 0:
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
@@ -164,33 +166,33 @@ class UNet(nn.Module):
         h = self.stem(x)                                            # (N, D, H, W)
         skips = []
         for layer in self.down:
-            if isinstance(layer, Level):
-                h = layer(h, emb, words, self.run_block)
+            if isinstance(layer, Stage):
+                h = layer(h, emb, words, self.call)
                 skips.append(h)
-            else:
-                h = layer(h)                                        # half the size
+            else:                                                   # a strided convolution
+                h = layer(h)                                        # (N, D, H / 2, W / 2)
 
-        h = self.middle(h, emb, words, self.run_block)
+        h = self.middle(h, emb, words, self.call)
 
         for layer in self.up:
-            if isinstance(layer, Level):
+            if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], 1)                  # (N, D + D of the skip, H, W)
-                h = layer(h, emb, words, self.run_block)
+                h = layer(h, emb, words, self.call)
             else:
-                h = layer(F.interpolate(h, scale_factor=2))         # twice the size
+                h = layer(F.interpolate(h, scale_factor=2))         # (N, D, 2H, 2W)
         return self.out(F.silu(self.norm(h)))                       # (N, C, H, W)
 
     def checkpoint_blocks(self, context_fn):
         """Keep only the input of each block for backward, and run the block again there.
 
-        That is less memory and longer steps. context_fn: what a quantized model needs to run a
-        block again, quant.remember; it does no harm to others.
+        It takes less memory and more time. context_fn: of torch.utils.checkpoint; a quantized model
+        needs quant.remember.
         """
-        self.run_block = partial(checkpoint, use_reentrant=False, context_fn=context_fn)
+        self.call = partial(checkpoint, use_reentrant=False, context_fn=context_fn)
 
 
 def timestep_embedding(t: Tensor, c: int, period: float = 10000) -> Tensor:
-    """Cosines and sines of t (N,), in timesteps: (N, c)."""
+    """Cosines and sines of timesteps t (N,): (N, c)."""
     freqs = torch.exp(-math.log(period) * torch.arange(c // 2, device=t.device) / (c // 2))
     angles = t[:, None] * freqs                                     # (N, c / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -203,7 +205,8 @@ class Diffusion:
 
         v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0                  (Salimans and Ho 2022)
 
-    which learns the layout of an image, decided at high t, faster than eps does.
+    To predict v learns the layout of an image, which is decided at high t, faster than to predict
+    eps.
     """
 
     def __init__(self, T: int = 1000):
@@ -225,21 +228,21 @@ class Diffusion:
         return a * x0 + s * eps
 
     def to_x0_eps(self, v: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and the noise that x (N, C, H, W) at t (N,) is made of, if v is right."""
+        """The x0 and the eps that a prediction v implies for x (N, C, H, W) at t (N,)."""
         a, s = self.coefficients(t, x)
         return a * x - s * v, s * x + a * v
 
     def squared_error(self, v: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Squared error of a prediction v of q_sample(x0, t, eps), a mean for each sample: (N,)."""
+        """The mean squared error of each sample of a prediction v at q_sample(x0, t, eps): (N,)."""
         a, s = self.coefficients(t, x0)
-        target = a * eps - s * x0
+        target = a * eps - s * x0                                   # the true v
         return (v.float() - target).square().mean((1, 2, 3))
 
     def draw_timesteps(self, n: int, generator: torch.Generator, focus: float = 0.0) -> Tensor:
-        """n random timesteps in 0 .. T - 1, one in each of n equal intervals, in rising order: (n,).
+        """n random timesteps in 0 .. T - 1, evenly spread and in rising order: (n,).
 
-        focus, below 1, draws them to the middle, where the details of an image are decided: they
-        are 1 / (1 - focus) times as dense there.
+        With focus = 0, each of n equal intervals has one. A focus below 1 makes them 1 / (1 -
+        focus) times as dense in the middle, where the details of an image are decided.
         """
         u = (torch.arange(n) + torch.rand(1, generator=generator)) / n
         u = u + focus * (2 * torch.pi * u).sin() / (2 * torch.pi)

@@ -1,6 +1,7 @@
 """Make the base, a float UNet that knows the toy world: python pretrain.py
 
-It takes hours on a CPU. The base that ships (data/base.pt) was made so; see experiments/RESULTS.md.
+It takes hours on a CPU. The base that ships, data/base.pt, was made this way (see
+experiments/RESULTS.md).
 """
 
 import copy
@@ -14,35 +15,34 @@ from model import Diffusion, UNet
 from quant import equal_edges
 from runtime import (
     RANK,
-    WORLD,
+    WORLD_SIZE,
     Loop,
     Parser,
     claim,
     describe,
     guard,
     load_model,
+    load_state,
+    my_share,
     parallel,
-    resumed,
     save,
-    share,
     use_device,
 )
 from sample import sample
 
-FOCUS = (
-    0.5  # timesteps in the middle, where a creature's details are decided, are drawn twice as often
-)
+# Timesteps in the middle, where the details of a creature are decided, are drawn twice as often.
+FOCUS = 0.5
 
 
 def arguments(argv=None):
     """The flags."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.run(
+    parser.add_run_flags(
         steps=20000,
         lr=2e-3,
         lr_help="learning rate",
         batch=64,
-        batch_help="images a step, by each process",
+        batch_help="images in a step of each process",
         out_help="folder to write (default: out/pretrain)",
     )
     args = parser.parse_run(argv)
@@ -51,14 +51,17 @@ def arguments(argv=None):
 
 
 def learning_rate(args, step):
-    """Warm up over 100 steps, hold, then down to zero over the last third."""
+    """A warm-up of 100 steps, then constant, then linear decay to zero over the last third."""
     warm_up = (step + 1) / 100
     cool_down = (args.steps - step) / (args.steps / 3)
     return args.lr * min(1, warm_up, cool_down)
 
 
 def pretrain(args):
-    """Train a UNet; write the moving average (EMA) of its weights to base.pt, as float16."""
+    """Train a UNet on scenes of the toy world.
+
+    Writes out/base.pt, the moving average (EMA) of its weights, as float16, and out/state.pt.
+    """
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     diffusion = Diffusion()
@@ -70,7 +73,7 @@ def pretrain(args):
     )
     first = 0
     if args.resume:
-        state = resumed(args, "pretraining", may_differ=("steps",))  # it may go on for longer
+        state = load_state(args, "pretraining", may_differ=("steps",))  # more steps may follow
         first = state["step"]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -99,59 +102,62 @@ def pretrain(args):
 
     net = parallel(model, args)
     loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), save_state)
+    # fmt: off
     for step in loop:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        x0, words = toy.sample_scenes(args.batch * WORLD, generator)  # (N, 3, 16, 16), (N, L)
-        t = diffusion.draw_timesteps(len(x0), generator, FOCUS)  # (N,)
-        eps = torch.randn(x0.shape, generator=generator)  # (N, 3, 16, 16)
-        x0, words, t, eps = [share(a).to(args.device) for a in (x0, words, t, eps)]
+        x0, words = toy.sample_scenes(args.batch * WORLD_SIZE, generator)   # (N, 3, 16, 16), (N, L)
+        t = diffusion.draw_timesteps(len(x0), generator, FOCUS)             # (N,)
+        eps = torch.randn(x0.shape, generator=generator)                    # (N, 3, 16, 16)
+        x0, words, t, eps = my_share((x0, words, t, eps), args)
 
-        x0 = x0.to(memory_format=torch.channels_last)
+        x_t = diffusion.q_sample(x0, t, eps)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            v = net(diffusion.q_sample(x0, t, eps), t, words)  # (N, 3, 16, 16)
-        error = diffusion.squared_error(v, x0, t, eps)  # (N,)
-        loop.check(error, t, step)
+            v = net(x_t, t, words)                                          # (N, 3, 16, 16)
+        error = diffusion.squared_error(v, x0, t, eps)                      # (N,)
+        loop.watch(error, t)
 
         optimizer.zero_grad()
         error.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_ema(ema, model, step)
-        loop.show(error, t)
+    # fmt: on
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the average 0.001 of the way to the model; further in the first steps."""
+    """Move the moving average by 0.001 of the way to the model; by more in the first steps."""
     decay = min(0.999, (step + 1) / (step + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def score_base(model, seed, n=200):
-    """Print how many of n plain images are all as their captions say, and how many of n creatures
-    are whole ones."""
+    """Print how much is right of n images of plain shapes, and of n images of creatures."""
     generator = torch.Generator().manual_seed(seed + 1)
+    kinds = {"plain images": list(toy.SHAPES), "creatures": ["creature"]}
+    for kind, shapes in kinds.items():
+        words = torch.tensor([toy.caption(random_prompt(shapes, generator)) for _ in range(n)])
+        images = sample(model, words, seed=seed, progress=True)
+        as_said = (score(images, words)["prompt"] == 1).sum()
+        whole = matches(images).sum()
+        print(
+            f"{n} {kind}: {as_said / n:.1%} show all that the caption says; "
+            f"{whole / n:.1%} match a scene of the world, pixel by pixel"
+        )
+
+
+def random_prompt(shapes, generator):
+    """A prompt such as "red circle on green stripes", its shape one of shapes."""
 
     def pick(options):
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
-    def scene(shapes):
-        color = pick(list(toy.COLORS))
-        shape = pick(shapes)
-        background = pick(list(toy.COLORS))
-        return f"{color} {shape} on {background} {pick(toy.PATTERNS)}"
-
-    for what, shapes in (("plain images", list(toy.SHAPES)), ("creatures", ["creature"])):
-        words = torch.tensor([toy.caption(scene(shapes)) for _ in range(n)])
-        images = sample(model, words, seed=seed, progress=True)
-        right = (score(images, words)["prompt"] == 1).sum()
-        whole = matches(images).sum()
-        print(
-            f"{n} {what}: {right / n:.1%} all as the caption says; "
-            f"{whole / n:.1%} match a scene of the world, pixel by pixel"
-        )
+    colors = list(toy.COLORS)
+    color = pick(colors)
+    shape = pick(shapes)
+    background = pick(colors)
+    return f"{color} {shape} on {background} {pick(toy.PATTERNS)}"
 
 
 def main():

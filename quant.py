@@ -1,34 +1,42 @@
 """TuneQDM's quantizer (Ryu, Lim, Shim: "Memory-Efficient Fine-Tuning for Quantized Diffusion
 Model", arXiv 2401.04339).
 
-A weight is quantized once, to integers of n_bits that never change again. Fine-tuning trains
-their scales:
+    quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")    # in place; then train model
 
-    W[o, i] = s_out[o] * (q[o, i] - z[o]) * s_in[i]         q, z in 0 .. 2^n_bits - 1
+A weight is quantized once, to integers q of n_bits bits that stay as they are. Each row (output
+channel) has a scale and a zero point z, each column (input channel) a scale, and all positions of a
+kernel share them:
 
-s_out (O,) scales rows (output channels), s_in (I,) columns (input channels); all taps of a kernel
-share them. s_out alone is PEQA; both are the paper's multi-channel-wise scale update. The
-timesteps 0 .. T are cut into num_buckets intervals, each with scales of its own over the same
-integers: the paper's timestep-aware scale update.
+    W[o, i] = s_out[o] * (q[o, i] - z[o]) * s_in[i]                 q, z in 0 .. 2^n_bits - 1
 
-What is trained is relative: s_out = s0_out * exp(d_out), s_in = s0_in * exp(d_in), all deltas
-zero at the start. One learning rate then means the same in every layer, an adapter of zeros is
-the base model, and no scale gets to zero. With y = W x + bias, g = dL/dy and gx = dL/dx = W^T g,
+Fine-tuning trains the scales and nothing else. Training s_out alone is PEQA (Kim et al. 2023);
+training both is the paper's multi-channel-wise scale update. The timesteps are cut into num_buckets
+intervals, and each has scales of its own over the same integers: the paper's timestep-aware scale
+update.
 
+The parameters are the deltas d_out and d_in, zero at the start. They stand in an exponent:
+
+    W[o, i] = s_out[o] exp(d_out[o]) * (q[o, i] - z[o]) * s_in[i] exp(d_in[i])
+
+One learning rate then means the same in every layer, deltas of zero are the base model, and no
+scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
+
+    gx           = dL/dx = W^T g
     dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o])
     dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
-y[o] - bias[o] is exp(d_out[o]) times something without d_out[o], so its derivative by d_out[o] is
-y[o] - bias[o] itself. d_in[i] is the same seen from the other side: it enters as exp(d_in[i]) x[i].
-So no gradient of a weight is ever computed. A layer keeps x, y and its packed integers for
-backward. W lives for one matmul at a time and is built again in backward.
+The last two are this simple because exp is its own derivative. y[o] - bias[o] is exp(d_out[o])
+times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And W sees x[i] only as
+u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
 
-If all samples of a batch share a bucket, W has that bucket's scales. If not, W has the base's
-scales, and each sample's exp(d_in) and exp(d_out) multiply its activations before and after the
-matmul. A bucket without a sample gets no gradient (None, not zeros): the optimizer then doesn't
-move it, its momentum included.
+So no gradient of a weight is ever computed. For backward a layer keeps x (if d_in trains), y (if
+d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward
+builds it again.
 
-    quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")    # in place; then train model
+If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the base's
+scales, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its activations before
+and after the matmul. A bucket without a sample in the batch has no gradient (None, not zeros), so
+that the optimizer skips it, with its momentum.
 
 The chapters: buckets, bits, the layer, the swap, timesteps, afterwards. calibrate.py finds the
 integers and the scales to start from.
@@ -57,7 +65,7 @@ from calibrate import CALIBRATIONS
 def equal_edges(num_buckets: int, T: float) -> list[float]:
     """The num_buckets + 1 edges that cut 0 .. T into equal intervals (the paper's TAS).
 
-    With these, bucket(t) is floor(t * num_buckets / T).
+    With these, the bucket of t < T is floor(t * num_buckets / T).
     """
     return [k * T / num_buckets for k in range(num_buckets + 1)]
 
@@ -70,37 +78,36 @@ def bucket(t: Tensor, edges: list[float]) -> Tensor:
     outside or is NaN.
     """
     t = torch.as_tensor(t)
-    exact = t.cpu().double()  # whatever dtype t has, and on a device without float64, too
-    inside = (exact >= edges[0]) & (exact <= edges[-1])  # False for NaN
+    time = t.cpu().double()  # exact for every dtype of t; not every device has float64
+    inside = (time >= edges[0]) & (time <= edges[-1])  # False for NaN
     if not inside.all():
-        wrong = exact[~inside].flatten()[0].item()
+        wrong = time[~inside].flatten()[0].item()
         raise ValueError(
             f"timesteps must lie in {edges[0]:g} .. {edges[-1]:g}, and one is {wrong:g}"
         )
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
-    return torch.bucketize(exact, inner, right=True).to(t.device)
+    return torch.bucketize(time, inner, right=True).to(t.device)
 
 
 # --------------------------------------------------------------------------------------------------
 # Bits: codes of 2 to 8 bits in whole bytes
 # --------------------------------------------------------------------------------------------------
 
-# A code is cut into pieces of 8, 4, 2 or 1 bits, which fill a byte without a rest: 3 = 2 + 1. First
-# come the bytes with the low pieces of all codes, then those with the high ones. For 8m codes of
-# 3 bits, c[0], c[1], ..., with a byte's lowest bit on the right:
+# A code is cut into pieces of 8, 4, 2 or 1 bits, which divide a byte evenly: 3 bits into 2 + 1.
+# First come the bytes with the low pieces of all codes, then those with the high ones. Of 8m codes
+# c[0], c[1], ... of 3 bits, with the lowest bit of a byte on the right:
 #
-#     byte j, j < 2m        | c[j + 6m] | c[j + 4m] | c[j + 2m] | c[j] |          low 2 bits of each
-#     byte 2m + j, j < m    | c[j + 7m] | c[j + 6m] |   ...   | c[j + m] | c[j] |   high bit of each
+#     byte j, j < 2m        | c[j + 6m] | c[j + 4m] | c[j + 2m] | c[j] |        low 2 bits of each
+#     byte 2m + j, j < m    | c[j + 7m] | c[j + 6m] |  ...  | c[j + m] | c[j] |   high bit of each
 #
-# The codes that share a byte are far apart and not neighbours. So packing and unpacking shift whole
-# vectors, and never single codes.
+# The codes that share a byte are far apart, so one shift handles a whole vector of codes.
 PIECES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
 
 
 def pack(codes: Tensor, n_bits: int) -> Tensor:
-    """The codes in as few bits: uint8, one-dimensional, n_bits bytes for every 8 codes.
+    """Put codes (uint8, any shape, each below 2^n_bits) into n_bits bytes for every 8 of them.
 
-    codes: uint8, of any shape, each below 2^n_bits.
+    Returns uint8, one-dimensional.
     """
     flat = F.pad(codes.flatten(), (0, -codes.numel() % 8))  # a multiple of 8
     packed = []
@@ -108,21 +115,21 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
     for width in PIECES[n_bits]:
         mask = (1 << width) - 1
         piece = (flat >> shift) & mask
-        rows = piece.view(8 // width, -1)  # row k goes to the bits from k * width on
+        rows = piece.view(8 // width, -1)  # row k is shifted to bit k * width
         packed.append(sum(row << (k * width) for k, row in enumerate(rows)))
         shift += width
     return torch.cat(packed)
 
 
 def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes (shape, uint8) that pack made `packed` from."""
+    """The inverse of pack: codes (uint8, of this shape)."""
     count = torch.Size(shape).numel()
-    eighths = (count + 7) // 8  # bytes of a piece, for each bit of its width
+    bytes_per_bit = (count + 7) // 8  # a piece of 2 bits takes twice as many
     codes = None
     shift = 0
     start = 0
     for width in PIECES[n_bits]:
-        end = start + eighths * width
+        end = start + bytes_per_bit * width
         mask = (1 << width) - 1
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)  # (8 / width,)
         piece = (packed[start:end] >> shifts[:, None]) & mask  # (8 / width, bytes)
@@ -138,83 +145,82 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-# fmt: off  (the shape comments stand in one column)
-
-
+# The formatter would move the shape comments out of their column.
+# fmt: off
 class OneBucket(torch.autograd.Function):
-    """y = W x + bias, if all samples of a batch share a bucket: W has the scales of that bucket.
+    """y = W x + bias, for a batch whose samples all share a bucket: W has the scales of it.
 
     Shapes are written for a convolution; a linear layer has x (N, ..., I) and y (N, ..., O).
-    d_out (O,), d_in (I,): the deltas of the bucket; d_in is None if columns aren't scaled. bias:
-    (O,) or None. layer: the QuantLayer.
+    d_out (O,), d_in (I,): the deltas of the bucket; d_in is None if columns aren't trained.
+    bias: (O,) or None. layer: the QuantLayer, which knows how to multiply.
     """
 
     @staticmethod
-    def forward(ctx, x, d_out, d_in, bias, layer):
+    def forward(ctx, x, d_out, d_in, bias, layer):                  # (N, I, H, W)
         _, train_out, train_in, _, _ = ctx.needs_input_grad
 
         # y = W x + bias
-        w = layer.dequantize(d_out, d_in, x.dtype)  # (O, I, *kernel)
-        y = layer.matmul(x, w, bias)  # (N, O, H', W')
+        w = layer.dequantize(d_out, d_in, x.dtype)                  # (O, I, *kernel)
+        y = layer.matmul(x, w, bias)                                # (N, O, H', W')
 
         ctx.layer = layer
         ctx.x_shape = x.shape
         kept_x = x if train_in else None
         kept_y = y if train_out else None
-        ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)  # and not w
+        ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)    # w isn't kept
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # (N, O, H', W')
+    def backward(ctx, g):                                           # (N, O, H', W')
         x, y, d_out, d_in, bias = ctx.saved_tensors
         layer = ctx.layer
         train_x, train_out, train_in, train_bias, _ = ctx.needs_input_grad
-        dims = layer.batch_dims(g)  # samples and positions
+        dims = layer.batch_dims(g)                                  # samples and positions
         gx = grad_out = grad_in = grad_bias = None
 
         # gx = W^T g
         if train_x or train_in:
-            w = layer.dequantize(d_out, d_in, g.dtype)  # (O, I, *kernel), built again
-            gx = layer.input_grad(g, ctx.x_shape, w)  # (N, I, H, W)
+            w = layer.dequantize(d_out, d_in, g.dtype)              # (O, I, *kernel)
+            gx = layer.input_grad(g, ctx.x_shape, w)                # (N, I, H, W)
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            grad_out = sum_of_product(g, y, dims, d_out.dtype)  # (O,)
+            grad_out = sum_of_product(g, y, dims, d_out.dtype)      # (O,)
             if bias is not None:
                 grad_out = grad_out - bias * sum_over(g, dims, d_out.dtype)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            grad_in = sum_of_product(gx, x, dims, d_in.dtype)  # (I,)
+            grad_in = sum_of_product(gx, x, dims, d_in.dtype)       # (I,)
 
         # dL/dbias = sum of g
         if train_bias:
-            grad_bias = sum_over(g, dims, bias.dtype)  # (O,)
+            grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
         return gx, grad_out, grad_in, grad_bias, None
 
 
 class MixedBuckets(torch.autograd.Function):
     """y = exp(d_out) * W (exp(d_in) * x) + bias, each sample with the deltas of its own bucket.
 
-    W has the base's scales. It serves all samples, so one matmul does. x, bias, layer: as for
-    OneBucket. d_out (n, O), d_in (n, I) or None: the deltas of the n buckets in the batch. rows
-    (N,): the row of d_out and d_in that belongs to each sample.
+    W has the base's scales and serves all samples, so one matmul suffices. x, bias, layer: as
+    for OneBucket. d_out (B, O), d_in (B, I) or None: the deltas of the B buckets in the batch.
+    slot (N,): which of the B rows belongs to each sample.
     """
 
     @staticmethod
-    def forward(ctx, x, d_out, d_in, bias, layer, rows):
+    def forward(ctx, x, d_out, d_in, bias, layer, slot):            # (N, I, H, W)
         _, train_out, train_in, _, _, _ = ctx.needs_input_grad
 
         # y = exp(d_out) * W (exp(d_in) * x) + bias
-        w = layer.dequantize(dtype=x.dtype)  # (O, I, *kernel)
-        y = layer.matmul(layer.scale_samples(x, d_in, rows), w)  # (N, O, H', W')
-        y = layer.scale_samples(y, d_out, rows)
+        w = layer.dequantize(dtype=x.dtype)                         # (O, I, *kernel)
+        y = layer.matmul(layer.scale_samples(x, d_in, slot), w)     # (N, O, H', W')
+        y = layer.scale_samples(y, d_out, slot)
         if bias is not None:
             y = y + layer.along_channels(bias[None], y)
 
         ctx.layer = layer
-        ctx.rows = rows
+        ctx.slot = slot
         ctx.x_shape = x.shape
         kept_x = x if train_in else None
         kept_y = y if train_out else None
@@ -223,48 +229,48 @@ class MixedBuckets(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # (N, O, H', W')
+    def backward(ctx, g):                                           # (N, O, H', W')
         x, y, d_out, d_in, bias = ctx.saved_tensors
-        layer, rows = ctx.layer, ctx.rows
+        layer = ctx.layer
+        slot = ctx.slot
         train_x, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
-        dims = layer.position_dims(g)  # positions, not samples
+        dims = layer.position_dims(g)                               # positions, not samples
         gx = grad_out = grad_in = grad_bias = None
 
         # gx = exp(d_in) * W^T (exp(d_out) * g)
         if train_x or train_in:
-            w = layer.dequantize(dtype=g.dtype)  # (O, I, *kernel)
-            gx = layer.scale_samples(g, d_out, rows)  # (N, O, H', W')
-            gx = layer.input_grad(gx, ctx.x_shape, w)  # (N, I, H, W)
-            gx = layer.scale_samples(gx, d_in, rows)
+            w = layer.dequantize(dtype=g.dtype)                     # (O, I, *kernel)
+            scaled_g = layer.scale_samples(g, d_out, slot)          # (N, O, H', W')
+            gx = layer.input_grad(scaled_g, ctx.x_shape, w)         # (N, I, H, W)
+            gx = layer.scale_samples(gx, d_in, slot)
 
-        # is_in[b, k] is 1 if sample k is in bucket b, so that is_in @ (a value for each sample)
-        # adds up the values of each bucket
-        is_in = F.one_hot(rows, len(d_out)).to(d_out.dtype).T  # (n, N)
+        # is_in[b, n] is 1 if sample n is in bucket b: a matmul with it is a sum for each bucket
+        is_in = F.one_hot(slot, len(d_out)).to(d_out.dtype).T       # (B, N)
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            each = sum_of_product(g, y, dims, d_out.dtype)  # (N, O)
+            by_sample = sum_of_product(g, y, dims, d_out.dtype)     # (N, O)
             if bias is not None:
-                each = each - bias * sum_over(g, dims, d_out.dtype)
-            grad_out = is_in @ each  # (n, O)
+                by_sample = by_sample - bias * sum_over(g, dims, d_out.dtype)
+            grad_out = is_in @ by_sample                            # (B, O)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            each = sum_of_product(gx, x, dims, d_in.dtype)  # (N, I)
-            grad_in = is_in @ each  # (n, I)
+            by_sample = sum_of_product(gx, x, dims, d_in.dtype)     # (N, I)
+            grad_in = is_in @ by_sample                             # (B, I)
 
         # dL/dbias = sum of g
         if train_bias:
-            grad_bias = sum_over(g, layer.batch_dims(g), bias.dtype)  # (O,)
+            grad_bias = sum_over(g, layer.batch_dims(g), bias.dtype)
         return gx, grad_out, grad_in, grad_bias, None, None
-
-
 # fmt: on
 
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """x summed over dims, in dtype. (PyTorch's sum over no dims would be one over all.)"""
-    return x.sum(dims, dtype=dtype) if dims else x.to(dtype)
+    """x summed over dims, in dtype."""
+    if not dims:  # x.sum(()) would be the sum over all
+        return x.to(dtype)
+    return x.sum(dims, dtype=dtype)
 
 
 def sum_of_product(a: Tensor, b: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -273,13 +279,15 @@ def sum_of_product(a: Tensor, b: Tensor, dims: tuple[int, ...], dtype: torch.dty
 
 
 class QuantLayer(nn.Module):
-    """A Conv2d or Linear whose weight is packed integers and scales; only the scales' deltas are
-    trained.
+    """A Conv2d or Linear whose weight is packed integers and scales; only the deltas are trained.
 
-    codes: the packed integers, uint8, in the order (G, O, K, I), the fastest to build a
-    channels-last weight from. zero_point (O,), s_out (O,), s_in (G * I,): the frozen grid. d_out,
-    d_in: for each bucket the deltas of s_out and s_in, (O,) and (I,); d_in is None if columns
-    aren't scaled.
+    codes: the packed integers, uint8. They are packed in the order (G, O, K, I) of groups, rows of
+    a group, positions of the kernel and columns: a weight in channels_last is built from it without
+    a copy. zero_point, s_out: (rows of all groups,). s_in: (columns of a group,). d_out, d_in:
+    lists of one parameter for each bucket, of the shapes of s_out and s_in; d_in is None if columns
+    aren't trained.
+
+    QuantLinear and QuantConv2d add how to multiply, and where the channels of x and y are.
     """
 
     def __init__(self, layer, n_bits, num_buckets, scales, calibrate):
@@ -291,11 +299,10 @@ class QuantLayer(nn.Module):
         self.groups = getattr(layer, "groups", 1)
         self.bias = layer.bias
 
-        grouped = weight.reshape(
-            self.groups, len(weight) // self.groups, weight.shape[1], -1
-        )  # (G, O, I, K)
+        rows = len(weight) // self.groups
+        grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
         if grouped.dtype.itemsize < 4:
-            grouped = grouped.float()
+            grouped = grouped.float()  # float16 is too coarse for sums of squares
         grid = calibrate(grouped, n_bits)
         codes = grid.codes.mT.to(torch.uint8)  # (G, O, K, I)
         self.register_buffer("codes", pack(codes, n_bits))
@@ -306,69 +313,77 @@ class QuantLayer(nn.Module):
         self.d_out = zeros_for_each_bucket(self.s_out, num_buckets)
         self.d_in = zeros_for_each_bucket(self.s_in, num_buckets) if scales == "out+in" else None
 
-    def dequantize(
-        self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None
-    ) -> Tensor:
-        """The float weight (O, I, *kernel) of a bucket's deltas d_out (O,) and d_in (I,), or of
-        the base without them.
+    # fmt: off
+    def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
+        """The float weight (O, I, *kernel) for the deltas of a bucket, by default the base's.
+
+        d_out (O,), d_in (I,): deltas; None stands for zeros.
         """
         s_out = self.s_out if d_out is None else self.s_out * d_out.exp()
         s_in = self.s_in if d_in is None else self.s_in * d_in.exp()
         g = self.groups
-        o = self.shape[0] // g
-        i = self.shape[1]  # of a group, as o
-        kernel = self.shape[2:]  # () for a linear layer
+        o = self.shape[0] // g                                      # rows of a group
+        i = self.shape[1]                                           # columns of a group
+        kernel = self.shape[2:]                                     # () for a linear layer
 
         codes = unpack(self.codes, self.n_bits, (g, o, kernel.numel(), i))
-        w = codes.to(s_out.dtype)  # (G, O, K, I)
-        w = w.sub_(self.zero_point.view(g, o, 1, 1))
-        w = w.mul_(s_out.view(g, o, 1, 1))
-        w = w.mul_(s_in.view(g, 1, 1, i))
-        w = w.view(g * o, *kernel, i)  # (O, *kernel, I)
-        return w.movedim(-1, 1).to(dtype)  # (O, I, *kernel), channels last
+        w = codes.to(s_out.dtype)                                   # (G, O, K, I)
+        w.sub_(self.zero_point.view(g, o, 1, 1))                    # in place: no second copy
+        w.mul_(s_out.view(g, o, 1, 1))
+        w.mul_(s_in.view(g, 1, 1, i))
+        w = w.view(g * o, *kernel, i)                               # (G * O, *kernel, I)
+        return w.movedim(-1, 1).to(dtype)                           # (G * O, I, *kernel)
+    # fmt: on
 
     @property
     def weight(self) -> Tensor:
-        """The base's float weight, built anew: for code that asks a layer for its dtype, say."""
+        """The base's float weight, without deltas: for code that asks a layer for its dtype, say.
+
+        It is built at each access. Multiplying by it would leave the fine-tuning out.
+        """
         return self.dequantize()
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):  # autograd.Function isn't cast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        buckets, rows = self.buckets_of(x)
+        buckets, slot = self.buckets_of_batch(x)
 
-        if rows is None:
-            d_out = self.d_out[buckets[0]]  # (O,)
-            d_in = None if self.d_in is None else self.d_in[buckets[0]]  # (I,)
-            return OneBucket.apply(x, d_out, d_in, bias, self)
+        if slot is None:
+            b = buckets[0]
+            d_in = None if self.d_in is None else self.d_in[b]
+            return OneBucket.apply(x, self.d_out[b], d_in, bias, self)
 
-        d_out = torch.stack([self.d_out[b] for b in buckets])  # (n, O)
-        d_in = None if self.d_in is None else torch.stack([self.d_in[b] for b in buckets])  # (n, I)
-        return MixedBuckets.apply(x, d_out, d_in, bias, self, rows)
+        d_out = torch.stack([self.d_out[b] for b in buckets])  # (B, O)
+        d_in = None
+        if self.d_in is not None:
+            d_in = torch.stack([self.d_in[b] for b in buckets])  # (B, I)
+        return MixedBuckets.apply(x, d_out, d_in, bias, self, slot)
 
-    def buckets_of(self, x: Tensor) -> tuple[list[int], Tensor | None]:
-        """The buckets in the batch, and each sample's place among them (N,), or None for one."""
+    def buckets_of_batch(self, x: Tensor) -> tuple[list[int], Tensor | None]:
+        """What the layer was told about the batch x (see Batch): its buckets and slots."""
         if self.num_buckets == 1:
             return [0], None
         batch = current_batch.get()
         if batch is None:
             raise RuntimeError(
                 "a quantized layer wasn't told its timesteps: "
-                "call the model given to quantize, or see remember"
+                "call the model given to quantize, or see remember if it runs in a checkpoint"
             )
-        if batch.rows is not None and len(x) != len(batch.rows):
+        if batch.slot is None:
+            return batch.buckets, None
+        if len(x) != len(batch.slot):
             raise ValueError(
-                f"a quantized layer got {len(x)} samples for {len(batch.rows)} timesteps; "
-                "the batch must come first"
+                f"a quantized layer got {len(x)} samples for {len(batch.slot)} timesteps; "
+                "dimension 0 must be the batch"
             )
-        return batch.buckets, batch.rows
+        return batch.buckets, batch.slot.to(x.device)
 
-    def scale_samples(self, x: Tensor, d: Tensor | None, rows: Tensor) -> Tensor:
-        """x (N, ...) times exp(d) of each sample's bucket: d (n, C) or None (then x), rows (N,)."""
+    def scale_samples(self, x: Tensor, d: Tensor | None, slot: Tensor) -> Tensor:
+        """x (N, ...) times exp(d) of each sample's bucket; d: (B, C). None leaves x as it is."""
         if d is None:
             return x
-        factors = d.exp()[rows].to(x.dtype)  # (N, C)
+        factors = d.exp()[slot].to(x.dtype)  # (N, C)
         return x * self.along_channels(factors, x)
 
     def extra_repr(self):
@@ -378,32 +393,28 @@ class QuantLayer(nn.Module):
 
 
 def zeros_for_each_bucket(scale: Tensor, num_buckets: int) -> nn.ParameterList:
-    """The deltas of a scale (C,): a parameter for each bucket.
-
-    With one parameter for all, a bucket that isn't drawn would have a gradient of zeros. Adam would
-    then go on moving it by its momentum.
-    """
+    """Deltas for a scale: one parameter for each bucket, so that one not drawn has no gradient."""
     return nn.ParameterList(torch.zeros_like(scale) for _ in range(num_buckets))
 
 
 class QuantLinear(QuantLayer):
-    """x: (N, ..., I) -> (N, ..., O)."""
+    """x (N, ..., I) -> y (N, ..., O)."""
 
     def __init__(self, layer, *args):
         super().__init__(layer, *args)
         self.in_features = layer.in_features
         self.out_features = layer.out_features
 
-    def matmul(self, x, w, bias=None):
+    def matmul(self, x, w, bias=None):  # (N, ..., I), (O, I) -> (N, ..., O)
         return F.linear(x, w, bias)
 
-    def input_grad(self, g, x_shape, w):
+    def input_grad(self, g, x_shape, w):  # (N, ..., O), (O, I) -> (N, ..., I)
         return g @ w
 
-    def batch_dims(self, x):  # samples and positions: all but channels
+    def batch_dims(self, x):  # samples and positions: all but the channels
         return tuple(range(x.dim() - 1))
 
-    def position_dims(self, x):  # the middle ones
+    def position_dims(self, x):  # all but samples and channels
         return tuple(range(1, x.dim() - 1))
 
     def along_channels(self, v, x):  # (N, C) -> (N, 1, ..., 1, C)
@@ -411,11 +422,12 @@ class QuantLinear(QuantLayer):
         return v.view(len(v), *ones, -1)
 
     def plain(self, **kwargs):
+        """A float layer of the same shape."""
         return nn.Linear(self.in_features, self.out_features, **kwargs)
 
 
 class QuantConv2d(QuantLayer):
-    """x: (N, I, H, W) -> (N, O, H', W')."""
+    """x (N, I, H, W) -> y (N, O, H', W')."""
 
     def __init__(self, layer, *args):
         super().__init__(layer, *args)
@@ -427,25 +439,23 @@ class QuantConv2d(QuantLayer):
         self.dilation = layer.dilation
         self.padding_mode = layer.padding_mode
 
-        # the gradient of a convolution wants its padding in pixels
+        # conv2d_input takes numbers only, not "same" or "valid"
         self.pixels = layer.padding
         if layer.padding == "valid":
             self.pixels = (0, 0)
         if layer.padding == "same":
             self.pixels = [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size)]
 
-    def matmul(self, x, w, bias=None):
+    def matmul(self, x, w, bias=None):  # (N, I, H, W), (O, I, *kernel) -> (N, O, H', W')
         return F.conv2d(x, w, bias, self.stride, self.pixels, self.dilation, self.groups)
 
-    def input_grad(self, g, x_shape, w):
-        g = g.view(-1, *g.shape[-3:])  # with a batch, if there was none
-        batched = (len(g), *x_shape[-3:])
-        gx = torch.nn.grad.conv2d_input(
-            batched, w, g, self.stride, self.pixels, self.dilation, self.groups
-        )
-        return gx.view(x_shape)
+    def input_grad(self, g, x_shape, w):  # (N, O, H', W'), (O, I, *kernel) -> (N, I, H, W)
+        g = g.view(-1, *g.shape[-3:])  # adds the batch dimension to a single image
+        shape = (len(g), *x_shape[-3:])
+        args = (self.stride, self.pixels, self.dilation, self.groups)
+        return torch.nn.grad.conv2d_input(shape, w, g, *args).view(x_shape)
 
-    def batch_dims(self, x):  # samples and positions: all but channels
+    def batch_dims(self, x):  # samples and positions: all but the channels
         return (0, 2, 3) if x.dim() == 4 else (1, 2)
 
     def position_dims(self, x):
@@ -455,6 +465,7 @@ class QuantConv2d(QuantLayer):
         return v[:, :, None, None]
 
     def plain(self, **kwargs):
+        """A float layer of the same shape."""
         return nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -484,29 +495,39 @@ def quantize(
     keep_float: list[str] = (),
     edges: list[float] | None = None,
 ) -> nn.Module:
-    """Swap every Conv2d and Linear of model for a quantized layer, in place, one at a time; then
-    only deltas train.
+    """Put a quantized layer in the place of every Conv2d and Linear of model, one at a time.
 
-    n_bits: 2 to 8. num_buckets: scale sets over the timesteps 0 .. T. scales: "out" (PEQA) or
-    "out+in". calibration: minmax, mse or rowcol. timestep: the name of model.forward's argument
-    that holds the timesteps, (N,) or one for all (not needed for one bucket). keep8, keep_float:
-    patterns of layer names ("down.*") to keep at 8 bits or in float; keep8 is by default the
-    first and the last Conv2d. edges: the num_buckets + 1 edges of the buckets, from 0 to T; by
-    default equal intervals. Returns model; model.quant_config holds the arguments.
+    Afterwards only deltas train. Returns model itself; model.quant_config holds the arguments.
 
-    Raises ValueError for arguments out of range, and for what can't be quantized: a model with
-    quantized layers, padding other than zeros, weights that are shared, not float or not finite,
-    nn.MultiheadAttention (a bare weight, no layers).
+    n_bits: 2 to 8.
+    num_buckets: how many scale sets there are over the timesteps 0 .. T.
+    scales: what is trained, "out" (rows alone, PEQA) or "out+in".
+    calibration: "minmax", "mse" or "rowcol", see calibrate.py.
+    timestep: the name of the argument of model.forward that holds the timesteps, (N,) or one for
+        all samples. A model with one bucket doesn't need it.
+    keep8: patterns of names of layers to keep at 8 bits, such as "down.*"; by default the first and
+        the last Conv2d.
+    keep_float: patterns of names of layers to leave as they are.
+    edges: the edges of the buckets, for others than num_buckets equal intervals of 0 .. T; those
+        two then don't count.
+
+    Raises ValueError, with the layer's name, before anything is changed: for arguments out of
+    range, for a model that is quantized already, for weights that are shared between layers, not
+    finite or not floats, for padding with anything but zeros, and for nn.MultiheadAttention, which
+    multiplies by bare weights.
     """
-    check_arguments(model, n_bits, num_buckets, T, edges, scales, calibration, timestep)
     if edges is None:
+        check_buckets(num_buckets, T)
         edges = equal_edges(num_buckets, T)
+    check_arguments(model, n_bits, edges, scales, calibration, timestep)
+    num_buckets = len(edges) - 1
     layers = find_layers(model, keep_float)
     if keep8 is None:
-        keep8 = first_and_last_conv(layers)
+        keep8 = first_and_last_conv(model, layers)
 
     model.requires_grad_(False)
-    for layer, names in layers.items():
+    for names in layers:
+        layer = model.get_submodule(names[0])
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
         bits = 8 if matches(names[0], keep8) else n_bits
         quantized = kind(layer, bits, num_buckets, scales, CALIBRATIONS[calibration])
@@ -516,8 +537,6 @@ def quantize(
 
     model.quant_config = {
         "n_bits": n_bits,
-        "num_buckets": num_buckets,
-        "T": T,
         "edges": list(edges),
         "scales": scales,
         "calibration": calibration,
@@ -526,49 +545,49 @@ def quantize(
         "keep_float": list(keep_float),
     }
     if num_buckets > 1:
-        model.register_forward_pre_hook(tell, with_kwargs=True)
-        model.register_forward_hook(forget, always_call=True)
+        model.register_forward_pre_hook(set_batch, with_kwargs=True)
+        model.register_forward_hook(clear_batch, always_call=True)
     return model
 
 
-def check_arguments(model, n_bits, num_buckets, T, edges, scales, calibration, timestep):
-    """Raise ValueError if an argument of quantize is out of range."""
-    if n_bits not in range(2, 9):
-        raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
+def check_buckets(num_buckets, T):
+    """Raise ValueError if 0 .. T can't be cut into num_buckets intervals."""
     if not T > 0:
         raise ValueError(f"T must be a positive number, not {T}")
     if num_buckets < 1 or (isinstance(T, int) and num_buckets > T):
         raise ValueError(
-            f"num_buckets must be 1 to {T}, the number of timesteps, not {num_buckets}"
+            f"num_buckets must be 1 to {T}, the number of timesteps: not {num_buckets}"
         )
-    if edges is not None:
-        rising = all(low < high for low, high in zip(edges, edges[1:]))
-        if len(edges) != num_buckets + 1 or edges[0] != 0 or edges[-1] != T or not rising:
-            wanted = f"{num_buckets + 1} rising numbers from 0 to {T}"
-            raise ValueError(f"edges must be {wanted}, not {edges}")
+
+
+def check_arguments(model, n_bits, edges, scales, calibration, timestep):
+    """Raise ValueError if an argument of quantize is out of range."""
+    if n_bits not in range(2, 9):
+        raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
+    rising = all(low < high for low, high in zip(edges, edges[1:]))
+    if len(edges) < 2 or not rising:
+        raise ValueError(f"edges must be two or more rising numbers, not {edges}")
     if scales not in ("out", "out+in"):
         raise ValueError(f"scales must be out or out+in, not {scales}")
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration must be {' or '.join(CALIBRATIONS)}, not {calibration}")
     arguments = list(inspect.signature(model.forward).parameters)
-    if num_buckets > 1 and timestep not in arguments:
-        raise ValueError(
-            f"timestep must be {' or '.join(arguments)}, an argument of forward, not {timestep}"
-        )
+    if len(edges) > 2 and timestep not in arguments:
+        raise ValueError(f"timestep must be {' or '.join(arguments)}, not {timestep}")
 
 
 def matches(name: str, patterns: list[str]) -> bool:
-    """True if a pattern fits a layer's name, or that of a module that it is part of."""
+    """True if a pattern fits the name of a layer, or of a module that the layer is part of."""
     return any(fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*") for pattern in patterns)
 
 
-def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list[str]]:
-    """Every Conv2d and Linear to swap, with its names: several, if one layer stands in several
-    places of the model.
+def find_layers(model: nn.Module, keep_float: list[str]) -> list[list[str]]:
+    """The names of every Conv2d and Linear to swap; a layer that is used twice has two names.
 
-    Raises ValueError for the first that can't be quantized.
+    Raises ValueError for a layer that can't be quantized. Returns names and not layers: a list of
+    the layers would keep all float weights in memory until the last one is quantized.
     """
-    layers = {}
+    names_of = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if matches(name, keep_float):
             continue
@@ -577,40 +596,36 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list
         reason = why_not(model, name, module)
         if reason:
             raise ValueError(f"layer '{name}' {reason}, or name it in keep_float")
-        layers.setdefault(module, []).append(name)
-    return layers
+        names_of.setdefault(id(module), []).append(name)
+    return list(names_of.values())
 
 
 def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     """Why this layer can't be quantized, and what to do about it; None if it can."""
     if isinstance(layer, (nn.MultiheadAttention, QuantLayer)) or name == "":
         kind = type(layer).__name__
-        return (
-            f"is a {kind}, not to be swapped: give float Conv2d and Linear layers inside a module"
-        )
+        return f"is a {kind}: give float Conv2d and Linear layers inside a module"
 
     if not layer.weight.is_floating_point() or not layer.weight.isfinite().all():
-        return "has weights that aren't all finite floats: mend them"
+        return "has weights that aren't all finite floats: repair them"
 
-    owners = [
-        module for module in model.modules() if module._parameters.get("weight") is layer.weight
-    ]
-    if len(owners) > 1:
+    weights = [module._parameters.get("weight") for module in model.modules()]
+    if sum(weight is layer.weight for weight in weights) > 1:
         return "shares its weight with another: give each its own"
 
     if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros":
+            return f"pads with {layer.padding_mode} values instead of zeros: pad before the layer"
         odd = [d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size)]
-        if layer.padding_mode != "zeros" or (layer.padding == "same" and any(odd)):
-            return f"pads unevenly or with {layer.padding_mode} for zeros: pad before the layer"
+        if layer.padding == "same" and any(odd):
+            return "pads unevenly, one pixel more on one side: pad before the layer"
     return None
 
 
-def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
-    """The names of the first and the last convolution: they see and make the image itself, and
-    are small.
-    """
-    convs = [names[0] for layer, names in layers.items() if isinstance(layer, nn.Conv2d)]
-    return list(dict.fromkeys(convs[:1] + convs[-1:]))
+def first_and_last_conv(model: nn.Module, layers: list[list[str]]) -> list[str]:
+    """The names of the first and the last convolution, which read and write the image itself."""
+    convs = [names[0] for names in layers if isinstance(model.get_submodule(names[0]), nn.Conv2d)]
+    return list(dict.fromkeys(convs[:1] + convs[-1:]))  # one name, if there is one convolution
 
 
 # --------------------------------------------------------------------------------------------------
@@ -619,22 +634,22 @@ def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
 
 
 class Batch(NamedTuple):
-    """What the layers need to know about the batch of a call."""
+    """What a call of a model tells its layers about the batch."""
 
     model: nn.Module  # whose call it is
-    buckets: list[int]  # the n buckets in the batch
-    rows: Tensor | None  # (N,), each sample's place in buckets; None if there is one bucket only
-    outer: "Batch | None"  # of the call that this one is inside of
+    buckets: list[int]  # the B buckets in the batch, in rising order
+    slot: Tensor | None  # (N,), where in buckets each sample's is; None if there is only one
+    outer: "Batch | None"  # of the call around this one, if a quantized model calls another
 
 
-# The batch of the innermost call of a quantized model, for as long as the call lasts. It isn't
-# part of the model, so that two threads can call one model at once (each has a value of its own),
-# and a copy of the model doesn't carry it along.
+# The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two
+# threads may call one model at once (each has its own value of a ContextVar), and a model may be
+# copied or pickled at any time.
 current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
 
 
-def tell(model, args, kwargs):
-    """Before the model's forward: find the buckets in the batch, and each sample's place there."""
+def set_batch(model, args, kwargs):
+    """Before the model's forward: find the buckets in the batch."""
     config = model.quant_config
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     t = given.get(config["timestep"])
@@ -642,37 +657,34 @@ def tell(model, args, kwargs):
         name = config["timestep"]
         raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
 
-    # with two buckets, t = [900, 100, 950] has present = [0, 1] and rows = [1, 0, 1]
+    # with two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1]
     b = bucket(t, config["edges"]).flatten()
-    present, rows = b.unique(return_inverse=True)
-    if len(present) == 1:
-        rows = None
-    current_batch.set(Batch(model, present.tolist(), rows, current_batch.get()))
+    buckets, slot = b.unique(return_inverse=True)
+    if len(buckets) == 1:
+        slot = None
+    current_batch.set(Batch(model, buckets.tolist(), slot, current_batch.get()))
 
 
-def forget(model, *_):
-    """After the model's forward, even if it failed: a layer that is called by itself then fails,
-    too.
-    """
+def clear_batch(model, *_):
+    """After the model's forward, also if it failed: a layer called on its own then raises."""
     batch = current_batch.get()
     if batch is not None and batch.model is model:
         current_batch.set(batch.outer)
 
 
 def remember():
-    """The context_fn of torch.utils.checkpoint(..., use_reentrant=False), for blocks of a model
-    with several buckets.
+    """The context_fn for torch.utils.checkpoint in a model with several buckets.
 
-    checkpoint calls it before it runs a block, and gets two contexts: the first for the run in
-    forward, the second for the one in backward, when the model's call is long over. The second
-    tells the layers their batch again.
+    checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
+    block. It enters the first of the two contexts for the run in forward, and the second for the
+    run in backward. By then the model's call is over, so the second sets the batch again.
     """
-    batch = current_batch.get()
-    return contextlib.nullcontext(), tell_again(batch)
+    return contextlib.nullcontext(), batch_set(current_batch.get())
 
 
 @contextlib.contextmanager
-def tell_again(batch: Batch | None):
+def batch_set(batch: Batch | None):
+    """A context in which batch is the current one."""
     token = current_batch.set(batch)
     try:
         yield
@@ -686,7 +698,7 @@ def tell_again(batch: Batch | None):
 
 
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name: d_out.B (O,) and d_in.B (I,) of each layer and bucket B."""
+    """The trained parameters by name: d_out.b (O,) and d_in.b (I,) of each layer and bucket b."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -696,9 +708,57 @@ def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over what fine-tuning leaves alone: integers, scales, biases, norms, embeddings."""
+    trained = deltas(model)
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name not in trained:
+            as_bytes = value.cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode())
+            digest.update(as_bytes.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter(model: nn.Module) -> dict:
+    """All that fine-tuning has made, to torch.save: a file of kilobytes.
+
+    It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
+    concatenated, as float16.
+    """
+    values = [delta.detach() for delta in deltas(model).values()]
+    return {
+        "quant_config": model.quant_config,
+        "fingerprint": fingerprint(model),
+        "deltas": torch.cat(values).half().cpu(),
+    }
+
+
+def load_adapter(model: nn.Module, saved: dict) -> None:
+    """Put the deltas of an adapter into model.
+
+    Raises ValueError if it was made for another quantized base. The model then stays as it was.
+    """
+    mine = deltas(model).values()
+    sizes = [delta.numel() for delta in mine]
+    values = saved.get("deltas", ())
+    same_config = saved.get("quant_config") == model.quant_config
+    same_base = saved.get("fingerprint") == fingerprint(model)
+    whole = len(values) == sum(sizes) and values.isfinite().all()
+    if not (same_config and same_base and whole):
+        raise ValueError(
+            "the adapter was made for another base, or is damaged; "
+            "give the quantized model that it was trained on"
+        )
+    with torch.no_grad():
+        for delta, value in zip(mine, values.split(sizes)):
+            delta.copy_(value)
+
+
 def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
-    """A copy of model with plain float layers, whose weights are those of one bucket; IndexError
-    if there is none.
+    """A copy of model with plain float layers, whose weights are those of one bucket.
+
+    Raises IndexError if there is no such bucket.
     """
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules(remove_duplicate=False)):
@@ -711,55 +771,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
             model.set_submodule(name, plain)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
-            if hook in (tell, forget):
+            if hook in (set_batch, clear_batch):
                 del hooks[key]
     del model.quant_config
     return model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over all that fine-tuning leaves alone: integers, base scales, biases, norms,
-    embeddings.
-    """
-    trained = deltas(model)
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name not in trained:
-            as_bytes = value.cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(name.encode())
-            digest.update(as_bytes.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def adapter(model: nn.Module) -> dict:
-    """All that makes a subject, to torch.save: quant_config, the base's fingerprint, all deltas
-    in a row, as float16.
-    """
-    values = [delta.detach() for delta in deltas(model).values()]
-    return {
-        "quant_config": model.quant_config,
-        "fingerprint": fingerprint(model),
-        "deltas": torch.cat(values).half().cpu(),
-    }
-
-
-def load_adapter(model: nn.Module, saved: dict) -> None:
-    """Put the deltas of adapter(another model) into model.
-
-    Raises ValueError if that model's quantized base is another. The model then stays as it was.
-    """
-    mine = deltas(model).values()
-    sizes = [delta.numel() for delta in mine]
-    values = saved.get("deltas", ())
-    same_base = (
-        saved.get("fingerprint") == fingerprint(model)
-        and saved.get("quant_config") == model.quant_config
-    )
-    if not same_base or len(values) != sum(sizes) or not values.isfinite().all():
-        raise ValueError(
-            "the adapter was made for another base, or is damaged; "
-            "give the quantized model that it was trained on"
-        )
-    with torch.no_grad():
-        for delta, value in zip(mine, values.split(sizes)):
-            delta.copy_(value)

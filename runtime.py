@@ -1,8 +1,7 @@
-"""What every script shares and the method doesn't need: files, flags, runs, processes."""
+"""What the scripts share around the method: files, flags, runs, processes."""
 
 import argparse
 import contextlib
-import importlib
 import io
 import os
 import shutil
@@ -18,13 +17,15 @@ from tqdm import tqdm
 from model import UNet
 from quant import QuantLayer, bucket, deltas, quantize
 
+try:
+    import fcntl  # file locks
+except ImportError:  # on Windows
+    fcntl = None
+
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
 SAVE_EVERY = 200  # steps between two states to --resume from
 RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-
-# Windows has no file locks of this kind, and so no such module.
-fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -32,9 +33,10 @@ fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 def save(obj, path, write=torch.save):
-    """write(obj, file) to a temporary name, flush, rename: path is the old file or the new one.
+    """Write obj to path by write(obj, file): to a temporary name first, which is then renamed.
 
-    Raises ValueError if it can't be written.
+    So path holds the old file or the new one, and never half of one. Raises ValueError if it can't
+    be written.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -54,12 +56,12 @@ def save(obj, path, write=torch.save):
 
 
 def write_png(image, file):
-    """What save writes a PIL image with."""
+    """Write a PIL image as PNG; for save(image, path, write_png)."""
     image.save(file, "png")
 
 
 def file_size(obj) -> int:
-    """Bytes of obj in a file."""
+    """The bytes that torch.save takes for obj."""
     file = io.BytesIO()
     torch.save(obj, file)
     return file.tell()
@@ -95,9 +97,10 @@ def load_model(path, device="cpu") -> UNet:
     try:
         model = UNet(**saved["config"])
         if saved["kind"] == "quantized":
-            # what minmax finds doesn't matter: it is the quickest way to layers of the right shape
-            quantize(model, **{**saved["quant_config"], "calibration": "minmax"})
-            model.quant_config = saved["quant_config"]
+            # The values are loaded below. minmax is the quickest way to layers of the right shape.
+            config = saved["quant_config"]
+            quantize(model, **{**config, "calibration": "minmax"})
+            model.quant_config = config
         model.load_state_dict(saved["model"])
         finite = all(value.isfinite().all() for value in model.state_dict().values())
     except Exception:
@@ -144,11 +147,11 @@ class Parser(argparse.ArgumentParser):
             found.insert(0, "mps")
         if torch.cuda.is_available():
             found.insert(0, "cuda")
-        help = f"of those on this machine (default: {found[0]})"
+        help = f"where to compute, of what is on this machine (default: {found[0]})"
         self.add_argument("--device", choices=found, default=found[0], help=help)
 
-    def run(self, steps, lr, lr_help, batch, batch_help, out_help):
-        """Add the flags of a training run, and return their group. lr may be None."""
+    def add_run_flags(self, steps, lr, lr_help, batch, batch_help, out_help):
+        """Add the flags of a training run with these defaults and helps; return their group."""
         run = self.add_argument_group("run")
         self.number("--steps", int, 0, 10**7, steps, "optimizer steps", run)
         self.number("--lr", float, 0, 10, lr, lr_help, run)
@@ -174,10 +177,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def guard(main):
-    """Run a script's main function, and end without a traceback of what isn't a fault of the code.
+    """Run a script's main function. Only faults of the code itself end with a traceback.
 
-    Bad input ends with one sentence and exit code 2, Ctrl-C and a closed pipe (as after `| head`)
-    with 130.
+    Bad input ends with one sentence and exit code 2. Ctrl-C and a closed pipe (`| head`) end with
+    exit code 130.
     """
     try:
         main()
@@ -218,23 +221,23 @@ def claim(folder):
 
 
 def describe(args) -> dict[str, str]:
-    """What a run must share with the one that it resumes: its flags, but for these."""
+    """The flags that a run must share with the one that it resumes."""
     free = ("resume", "out", "device", "sample_steps", "compile", "checkpoint")
     return {key: str(value) for key, value in vars(args).items() if key not in free}
 
 
-def resumed(args, kind, may_differ=()) -> dict:
-    """The last state of a run of the same flags, except for one of may_differ.
+def load_state(args, kind, may_differ=()) -> dict:
+    """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if the flags of that run differ by more than may_differ.
     """
     path = args.out / "state.pt"
     saved = load(path, kind)
-    for half in args.out.glob("*.tmp"):  # of a process that was killed while it wrote
-        half.unlink()
+    for leftover in args.out.glob("*.tmp"):
+        leftover.unlink(missing_ok=True)  # another process may have been faster
     was = saved.get("args", {})
     differ = [key for key, value in describe(args).items() if was.get(key) != value]
-    if differ and not (len(differ) == 1 and differ[0] in may_differ):
+    if not set(differ) <= set(may_differ):
         flags = " ".join(f"--{key} {was.get(key)}" for key in differ)
         raise ValueError(
             f"{path} is of a run with {flags}; resume with the same, or choose another --out"
@@ -243,28 +246,31 @@ def resumed(args, kind, may_differ=()) -> dict:
 
 
 class Loop:
-    """The steps of a training run: `for step in loop`, with a progress bar, and states on the way.
+    """The steps of a training run, `for step in loop`, with what surrounds a step.
 
-    save_state(step) is called every SAVE_EVERY steps, after the last, and on Ctrl-C, which waits
-    for the step to be whole and then exits with 130. edges are the timestep buckets that losses are
-    shown for.
+    It shows a progress bar. It calls save_state(step) every SAVE_EVERY steps, after the last step,
+    and on Ctrl-C, which lets the current step end and then exits with 130. edges: the timestep
+    buckets that the loss is shown for.
     """
 
     def __init__(self, title, args, first, edges, save_state):
         self.args = args
         self.edges = edges
         self.save_state = save_state
-        self.means = {}  # a running mean of the loss, by bucket
+        self.step = first
+        self.last_saved = first
+        self.means = {}  # a running mean of the loss of each bucket
         self.stopping = False
         steps = range(first, args.steps)
         self.bar = tqdm(steps, title, initial=first, total=args.steps, disable=RANK > 0)
 
     def __iter__(self):
-        # the first process decides when to stop, and saves
+        # with several processes, the first one decides when to stop
         on_ctrl_c = self.stop_soon if RANK == 0 else signal.SIG_IGN
         before = signal.signal(signal.SIGINT, on_ctrl_c)
         try:
             for step in self.bar:
+                self.step = step
                 yield step
                 if RANK == 0:
                     self.after_step(done=step + 1)
@@ -278,6 +284,7 @@ class Loop:
         last = done == self.args.steps
         if self.stopping or last or done % SAVE_EVERY == 0:
             self.save_state(done)
+            self.last_saved = done
         if self.stopping and not last:
             self.bar.close()
             print(
@@ -286,86 +293,94 @@ class Loop:
             )
             sys.exit(130)
 
-    def check(self, loss, t, step):
-        """Raise ValueError if a loss (N,), at timesteps t (N,), isn't finite.
+    def watch(self, error, t):
+        """Show the running mean of the errors (N,) at timesteps t (N,), for each bucket.
 
-        Before the update: the parameters and the last state are then still good.
+        Raises ValueError if an error isn't finite. Call it before the update: then the parameters
+        are still good.
         """
-        finite = loss.isfinite()
-        if finite.all():
-            return
-        last_saved = step // SAVE_EVERY * SAVE_EVERY
-        good = "no state was saved yet"
-        if last_saved > 0:
-            good = f"{self.args.out / 'state.pt'} has step {last_saved}"
-        where = bucket(t[~finite], self.edges).unique().tolist()
-        raise ValueError(
-            f"the loss is no longer finite at step {step}, timestep bucket {where}; "
-            f"--lr {self.args.lr} is too high, lower it ({good})"
-        )
-
-    def show(self, loss, t):
-        """Show on the bar a running mean of the losses (N,) of each bucket of timesteps t (N,)."""
-        loss = loss.detach()
+        error = error.detach()
+        finite = error.isfinite()
+        if not finite.all():
+            self.diverged(t[~finite])
         b = bucket(t, self.edges)
         for i in b.unique().tolist():
-            mean = loss[b == i].mean().item()
+            mean = error[b == i].mean().item()
             old = self.means.get(i, mean)
             self.means[i] = 0.98 * old + 0.02 * mean
         shown = " ".join(f"{self.means[i]:.4f}" for i in sorted(self.means))
         self.bar.set_postfix_str(f"loss by bucket {shown}", refresh=False)
 
+    def diverged(self, t):
+        """Raise ValueError: the loss isn't finite at timesteps t (n,)."""
+        good = "no state was saved yet"
+        if self.last_saved > 0:
+            good = f"{self.args.out / 'state.pt'} has step {self.last_saved}"
+        where = bucket(t, self.edges).unique().tolist()
+        raise ValueError(
+            f"the loss is no longer finite at step {self.step}, timestep bucket {where}; "
+            f"--lr {self.args.lr} is too high, lower it ({good})"
+        )
+
 
 # --------------------------------------------------------------------------------------------------
-# Processes: torchrun starts several, which train as one of a larger batch
+# Processes: several of them, started by torchrun, train like one with a larger batch
 # --------------------------------------------------------------------------------------------------
 
 
 def use_device(device):
-    """Take the GPU of this process. Raises ValueError if there are fewer GPUs than processes."""
+    """Use the GPU that belongs to this process, if the device is cuda.
+
+    Raises ValueError if there are fewer GPUs than processes.
+    """
     if device != "cuda":
         return
     gpu = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
     if gpu >= gpus:
         raise ValueError(
-            f"process {gpu + 1} has no GPU ({gpus} here); start fewer processes, or give --device cpu"
+            f"process {gpu + 1} has no GPU ({gpus} here); "
+            "start fewer processes, or give --device cpu"
         )
     torch.cuda.set_device(gpu)
 
 
 def parallel(model, args):
-    """What to train: model, compiled if asked to, its gradients averaged over all processes."""
+    """The module to call in a training step: model, compiled and distributed if asked to."""
     net = torch.compile(model) if args.compile else model
-    if WORLD == 1:
+    if WORLD_SIZE == 1:
         return net
     if RANK == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         full = count_float_parameters(model)
-        print(
-            f"{WORLD} processes average {4 * trained:,} bytes a step; full fine-tuning {4 * full:,}",
-            flush=True,
-        )
+        averaged = f"{WORLD_SIZE} processes average {4 * trained:,} bytes a step"
+        print(f"{averaged}; full fine-tuning {4 * full:,}", flush=True)
     torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    # a bucket that no process drew has no gradient: find_unused_parameters
+    # find_unused_parameters: the deltas of a bucket that no process drew have no gradient
     return DistributedDataParallel(net, forward_sync_buffers=False, find_unused_parameters=True)
 
 
 def count_float_parameters(model) -> int:
-    """The parameters that model has, or had before it was quantized."""
-    trained = deltas(model)
-    kept = [p.numel() for name, p in model.named_parameters() if name not in trained]
+    """How many parameters model has, or had before it was quantized."""
+    mine = deltas(model)
+    kept = [p.numel() for name, p in model.named_parameters() if name not in mine]
     frozen = [layer.shape.numel() for layer in model.modules() if isinstance(layer, QuantLayer)]
     return sum(kept) + sum(frozen)
 
 
-def share(tensor, parts=1):
-    """This process's share of a tensor (N, ...) that all processes have drawn alike.
+def my_share(tensors, args, parts=1):
+    """This process's share of tensors (N, ...) that all processes have drawn alike, on its device.
 
-    The tensor is `parts` parts of one length, and each gives every process its share of it. Two
-    processes make of the two parts i0 i1 i2 i3 | c0 c1 c2 c3 the shares
+    A batch consists of `parts` parts of equal length, and each process gets its share of each part.
+    Of the two parts i0 i1 i2 i3 | c0 c1 c2 c3, two processes get
 
         i0 i2 | c0 c2   and   i1 i3 | c1 c3
     """
-    by_part = tensor.unflatten(0, (parts, -1))  # (parts, N / parts, ...)
-    return by_part[:, RANK::WORLD].flatten(0, 1)  # (N / WORLD, ...)
+    shares = []
+    for tensor in tensors:
+        by_part = tensor.unflatten(0, (parts, -1))  # (parts, N / parts, ...)
+        mine = by_part[:, RANK::WORLD_SIZE].flatten(0, 1)  # (N / WORLD_SIZE, ...)
+        if mine.dim() == 4:  # images
+            mine = mine.to(memory_format=torch.channels_last)
+        shares.append(mine.to(args.device))
+    return shares

@@ -1,8 +1,8 @@
 """Draw images from a checkpoint: python sample.py --prompt "red creature on green stripes"
 
-The checkpoint alone is enough: it holds the model's sizes, and how it was quantized. There are two
-samplers, DDPM's ancestral one (Algorithm 2) and DDIM. Both visit all T timesteps or an even subset,
-and both use classifier-free guidance.
+The checkpoint is enough: it holds the sizes of the model, and how it was quantized. The samplers
+are DDPM's ancestral sampling and DDIM. Both visit all T timesteps or an evenly spaced subset, and
+both use classifier-free guidance.
 """
 
 from pathlib import Path
@@ -17,21 +17,21 @@ from runtime import BASE, Parser, guard, load, load_model, save, write_png
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
-    """From x_t to x_s, s < t, by sampling DDPM's posterior: Algorithm 2, line 4, with the posterior
-    variance for sigma^2 (eq. 7).
+    """From x_t to x_s, s < t: Algorithm 2 of DDPM, line 4, with the posterior variance (eq. 7).
 
-    x, x0, eps, noise: (N, C, H, W). abar, abar_next: alphas_cumprod at t and s, 0-dimensional.
+    x (x_t), x0 and eps (the prediction), noise: (N, C, H, W). abar, abar_next: alphas_cumprod at t
+    and at s, 0-dimensional.
     """
-    beta = 1 - abar / abar_next  # over the whole stride
+    beta = 1 - abar / abar_next  # of the whole stride from s to t
     mean = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
     sigma = (beta * (1 - abar_next) / (1 - abar)).sqrt()
     return mean + sigma * noise
 
 
 def ddim_step(x, x0, eps, abar, abar_next, noise):
-    """From x_t to x_s, s < t, without noise (DDIM, Song et al. 2021, eq. 12 with sigma = 0).
+    """From x_t to x_s, s < t, without noise: DDIM (Song et al. 2021), eq. 12 with sigma = 0.
 
-    The arguments are those of ddpm_step.
+    The arguments are those of ddpm_step; x and noise aren't used.
     """
     return abar_next.sqrt() * x0 + (1 - abar_next).sqrt() * eps
 
@@ -54,11 +54,10 @@ def sample(
 ):
     """Draw an image for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
-    steps: timesteps visited, out of T. cfg_scale: 1 is the plain model; above, its prediction is
-    pushed away from that for the empty caption. chunk: how many images the model sees at once.
-    packed: build a quantized model's weights anew at each call, and not once for each timestep
-    bucket; that takes less memory and more time. Each image depends on the seed and its place in
-    words only.
+    steps: timesteps visited, out of T. sampler: "ddpm" or "ddim". cfg_scale: the scale of
+    classifier-free guidance; 1 is none. chunk: how many images the model sees at once. packed: keep
+    the weights of a quantized model packed, which takes less memory and more time; else they are
+    merged into float weights, once for each bucket.
     """
     diffusion = diffusion or Diffusion()
     step = SAMPLERS[sampler]
@@ -71,13 +70,13 @@ def sample(
 
     merges = hasattr(model, "quant_config") and not packed
     net = model
-    merged = None  # the bucket that net is merged for
+    merged_bucket = None
     for i, t in enumerate(tqdm(timesteps, desc="sampling", disable=not progress, leave=False)):
         if merges:
             b = int(bucket(t, model.quant_config["edges"]))
-            if b != merged:
+            if b != merged_bucket:
                 net = merge(model, b)
-                merged = b
+                merged_bucket = b
         x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk)
         noise = torch.randn(size, generator=generator)
         x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
@@ -85,14 +84,14 @@ def sample(
 
 
 def predict(net, x, t, words, cfg_scale, diffusion, chunk):
-    """The image and the noise that x (N, 3, H, W) is made of, by the model: two of x's shape.
+    """The x0 and eps that the model finds in x (N, 3, H, W) at timestep t: both of x's shape.
 
-    The image is clamped to [-1, 1], and the noise is what is then left of x. Works in chunks, on
-    the model's device; x, t (a timestep) and what is returned are on the CPU.
+    x0 is clamped to [-1, 1], and eps is what it then leaves of x. The model runs on its device, on
+    a chunk at a time; x and the results are on the CPU, where the noise is drawn.
     """
     device = next(net.parameters()).device
-    images = []
-    noises = []
+    x0_chunks = []
+    eps_chunks = []
     for xs, ws in zip(x.split(chunk), words.split(chunk)):
         xs = xs.to(device, memory_format=torch.channels_last)
         ws = ws.to(device)
@@ -101,16 +100,17 @@ def predict(net, x, t, words, cfg_scale, diffusion, chunk):
         x0 = diffusion.to_x0_eps(v, xs, ts)[0].clamp(-1, 1)
         a, s = diffusion.coefficients(ts, xs)
         eps = (xs - a * x0) / s
-        images.append(x0.cpu())
-        noises.append(eps.cpu())
-    return torch.cat(images), torch.cat(noises)
+        x0_chunks.append(x0.cpu())
+        eps_chunks.append(eps.cpu())
+    return torch.cat(x0_chunks), torch.cat(eps_chunks)
 
 
 def guided(net, x, t, words, cfg_scale):
-    """The model's v with classifier-free guidance (Ho and Salimans 2022), of x's shape."""
+    """The model's v (N, 3, H, W) with classifier-free guidance (Ho and Salimans 2022)."""
     if cfg_scale == 1:
         return net(x, t, words)
-    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([words, 0 * words]))
+    empty = torch.zeros_like(words)  # a caption of empty slots
+    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([words, empty]))
     v, v_empty = both.chunk(2)
     return v_empty + cfg_scale * (v - v_empty)
 

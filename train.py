@@ -1,6 +1,6 @@
-"""Fine-tune a quantized diffusion model to a subject: python train.py --bits 4
+"""TuneQDM (arXiv 2401.04339) on a toy subject: python train.py --bits 4
 
-The stages, in order: load the base, quantize it, fine-tune its scales to images of a subject with
+The stages, in order: load the base, quantize it, fine-tune its scales on images of a subject with
 prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 
@@ -18,7 +18,7 @@ from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
     BASE,
     RANK,
-    WORLD,
+    WORLD_SIZE,
     Loop,
     Parser,
     claim,
@@ -27,17 +27,17 @@ from runtime import (
     guard,
     load,
     load_model,
+    load_state,
+    my_share,
     parallel,
-    resumed,
     save,
-    share,
     use_device,
     write_png,
 )
 from sample import sample
 
-WORD = "sks"  # the rare word that becomes the subject's name
-PROMPTS = (  # none is an instance image of a shipped subject
+SUBJECT_WORD = "sks"  # the rare word that becomes the subject's name
+PROMPTS = (  # no instance image of a shipped subject shows one of these
     "sks creature on blue stripes",
     "sks creature on plain purple",
     "sks creature left on blue checks",
@@ -47,7 +47,7 @@ PROMPTS = (  # none is an instance image of a shipped subject
     "sks creature and red circle on plain green",
     "sks creature and yellow square on blue stripes",
 )
-EACH = 5  # images of each prompt that are scored
+IMAGES_PER_PROMPT = 5  # that are scored
 
 
 def arguments(argv=None):
@@ -57,7 +57,7 @@ def arguments(argv=None):
     quantizer = parser.add_argument_group("quantizer")
     quantizer.add_argument(
         "--bits",
-        choices=(*"2345678", "32"),
+        choices=("2", "3", "4", "5", "6", "7", "8", "32"),
         default="4",
         metavar="BITS",
         help="bits of a weight: 2 to 8, or 32 for full-precision fine-tuning (default: 4)",
@@ -66,7 +66,7 @@ def arguments(argv=None):
         "--scales",
         choices=("out", "out+in"),
         default="out+in",
-        help="what is trained: rows and columns, or rows alone, which is PEQA (default: out+in)",
+        help="train the scales of rows (out, which is PEQA) or of both (out+in, the default)",
     )
     parser.number("--buckets", int, 1, 1000, 1, "scale sets over the 1000 timesteps", quantizer)
     quantizer.add_argument(
@@ -76,12 +76,12 @@ def arguments(argv=None):
         help="how the integers and the first scales are found (default: rowcol)",
     )
 
-    run = parser.run(
+    run = parser.add_run_flags(
         steps=1000,
         lr=None,
         lr_help="learning rate (default: 0.03 for scales, 0.001 at 32 bits)",
         batch=8,
-        batch_help="instance images a step, and as many class images, by each process",
+        batch_help="instance images in a step of each process, and as many class images",
         out_help="folder to write (default: out/SUBJECT-BITSbit)",
     )
     run.add_argument(
@@ -92,7 +92,7 @@ def arguments(argv=None):
     run.add_argument("--base", default=BASE, help="a pretrained model (default: the shipped one)")
     parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
     parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
-    checkpoint_help = "keep a quarter of the activations, for steps a third longer"
+    checkpoint_help = "keep a quarter of the activations; steps take a third longer"
     run.add_argument("--checkpoint", action="store_true", help=checkpoint_help)
 
     args = parser.parse_run(argv)
@@ -106,16 +106,17 @@ def arguments(argv=None):
 
 
 def learning_rate(args, step):
-    """Warm up over 20 steps, and down to zero all along."""
+    """Linear decay to zero, with a warm-up of 20 steps."""
     return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
 def finetune(model, args, instance, captions, state=None):
-    """Train what requires a gradient on instance images (M, 3, 16, 16), with captions (M, L).
+    """Train all parameters that require a gradient; of a quantized model, these are the deltas.
 
-    loss = MSE on args.batch instance images + args.prior * MSE on args.batch class images: scenes
-    of the toy world, whose creatures never bear the subject's word. state: the state.pt of a
-    stopped run, to go on from.
+    instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
+    has saved in state.pt, to go on from.
+
+        loss = MSE on args.batch instance images + args.prior * MSE on args.batch class images
     """
     diffusion = Diffusion()
     generator = torch.Generator().manual_seed(args.seed)
@@ -144,52 +145,61 @@ def finetune(model, args, instance, captions, state=None):
     if args.checkpoint:
         model.checkpoint_blocks(remember)
     net = parallel(model, args)
-    # one bucket says little about the loss, which differs a hundredfold over the timesteps
-    edges = equal_edges(args.buckets if args.buckets > 1 else 4, diffusion.T)
-    loop = Loop("fine-tuning", args, first, edges, save_state)
+    # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
+    shown = equal_edges(args.buckets if args.buckets > 1 else 4, diffusion.T)
+    loop = Loop("fine-tuning", args, first, shown, save_state)
+    # fmt: off
     for step in loop:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        # a batch of B instance images, then B class images; t of each spread over all timesteps
-        x0, words = draw_batch(args.batch * WORLD, instance, captions, generator)
-        n = args.batch * WORLD
-        t = torch.cat([diffusion.draw_timesteps(n, generator) for _ in range(2)])
-        eps = torch.randn(x0.shape, generator=generator)
-        x0, words, t, eps = [share(a, parts=2).to(args.device) for a in (x0, words, t, eps)]
+        # B instance images, then B class images
+        x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
+        eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
+        x0, words, t, eps = my_share((x0, words, t, eps), args, parts=2)
 
-        x0 = x0.to(memory_format=torch.channels_last)  # (2B, 3, 16, 16)
-        v = net(diffusion.q_sample(x0, t, eps), t, words)  # (2B, 3, 16, 16)
-        error = diffusion.squared_error(v, x0, t, eps)  # (2B,)
-        loop.check(error, t, step)
-        loss = error[: args.batch].mean() + args.prior * error[args.batch :].mean()
+        x_t = diffusion.q_sample(x0, t, eps)                            # (2B, 3, 16, 16)
+        v = net(x_t, t, words)    # each quantized layer uses the scales of the buckets of t
+        error = diffusion.squared_error(v, x0, t, eps)                  # (2B,)
+        loss = error[:args.batch].mean() + args.prior * error[args.batch:].mean()
+        loop.watch(error, t)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loop.show(error, t)
+    # fmt: on
 
 
-def draw_batch(n, instance, captions, generator):
-    """n instance images and n class images: (2n, 3, 16, 16), and their captions (2n, L).
+def draw_batch(n, instance, captions, diffusion, generator):
+    """n instance images and n class images, their captions, and a timestep for each.
 
-    Words that describe the scene are left out as often as in pretraining, the subject's name never.
+    Returns x0 (2n, 3, 16, 16), words (2n, L), t (2n,). Class images are scenes of the toy world in
+    which no creature bears a rare word. Words that describe the scene of an instance image are
+    dropped as in pretraining; the words "sks creature" never are.
     """
     class_images, class_words = toy.sample_scenes(n, generator, rare=0)
+
     pick = torch.randint(len(instance), (n,), generator=generator)
-    drop = toy.DROP * (torch.arange(toy.SLOTS) > 1)  # the first two slots are the name
+    drop = toy.DROP.clone()
+    drop[:2] = 0  # "sks", "creature"
     dropped = torch.rand(n, toy.SLOTS, generator=generator) < drop
-    words = captions[pick].masked_fill(dropped, 0)
-    return torch.cat([instance[pick], class_images]), torch.cat([words, class_words])
+    instance_words = captions[pick].masked_fill(dropped, 0)
+
+    # each half has timesteps that are evenly spread
+    t = [diffusion.draw_timesteps(n, generator), diffusion.draw_timesteps(n, generator)]
+    x0 = torch.cat([instance[pick], class_images])
+    words = torch.cat([instance_words, class_words])
+    return x0, words, torch.cat(t)
 
 
 def evaluate(model, parts, args):
-    """EACH images of each of PROMPTS, and the means of their exact scores ({} if parts is None)."""
-    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS for _ in range(EACH)])
+    """Images of all PROMPTS, and the means of their exact scores, {} if parts is None."""
+    words = torch.tensor(
+        [toy.caption(prompt) for prompt in PROMPTS for _ in range(IMAGES_PER_PROMPT)]
+    )
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
-    scores = score(images, words, parts, toy.WORD[WORD])
+    scores = score(images, words, parts, toy.WORD[SUBJECT_WORD])
     return images, {key: value.mean().item() for key, value in scores.items()}
 
 
@@ -200,7 +210,7 @@ def main():
 
     # load
     folder = find_subject(args.subject)
-    instance, captions = toy.load_subject(folder, WORD)
+    instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
     model = load_model(args.base, args.device)
     if hasattr(model, "quant_config"):
@@ -208,7 +218,7 @@ def main():
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
     lock = claim(args.out)
-    state = resumed(args, "fine-tuning") if args.resume else None
+    state = load_state(args, "fine-tuning") if args.resume else None
 
     # quantize
     header = {"kind": "model", "config": model.config}
@@ -228,12 +238,13 @@ def main():
         return
 
     # save
-    subject = args.out / "tuned.pt"
+    tuned_file = args.out / "tuned.pt"
+    subject_file = tuned_file
     if args.bits < 32:
-        subject = args.out / "adapter.pt"
-        save({"kind": "adapter", **adapter(model)}, subject)
-        load_adapter(model, load(subject, "adapter"))  # what is scored is what was saved
-    save({**header, "model": model.state_dict()}, args.out / "tuned.pt")
+        subject_file = args.out / "adapter.pt"
+        save({"kind": "adapter", **adapter(model)}, subject_file)
+        load_adapter(model, load(subject_file, "adapter"))  # rounded to float16, as in the file
+    save({**header, "model": model.state_dict()}, tuned_file)
 
     # sample and score
     images_after, scores_after = evaluate(model, parts, args)
@@ -244,7 +255,7 @@ def main():
             "method": title,
             "buckets": args.buckets,
             "base bytes": f"{base_bytes(model, header):,}",
-            "subject bytes": f"{subject.stat().st_size:,}",
+            "subject bytes": f"{subject_file.stat().st_size:,}",
             "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
             **compare(scores_before, scores_after),
         }
@@ -253,12 +264,12 @@ def main():
         print(f"{folder} has no parts.txt, so the exact scores aren't known")
     files = "grid.png, tuned.pt" + (" and adapter.pt" if args.bits < 32 else "")
     print(f"\nwrote {files} to {args.out} in {time.time() - start:.0f} s; more images:")
-    print(f'python sample.py --ckpt {args.out / "tuned.pt"} --prompt "{PROMPTS[0]}"')
+    print(f'python sample.py --ckpt {tuned_file} --prompt "{PROMPTS[0]}"')
     lock.close()
 
 
 def find_subject(name):
-    """The folder of a shipped subject of this name; else name is taken for a folder."""
+    """The folder of the shipped subject of this name, or name itself, a folder."""
     for folder in (BASE.parent / "subjects").iterdir():
         if folder.name == name:
             return folder
@@ -266,7 +277,7 @@ def find_subject(name):
 
 
 def title_of(args):
-    """The name of the method."""
+    """What the method is called."""
     if args.bits == 32:
         return "full precision"
     method = "PEQA" if args.scales == "out" else "TuneQDM"
@@ -274,10 +285,10 @@ def title_of(args):
 
 
 def base_bytes(model, header):
-    """Bytes of the file of all that doesn't belong to the subject."""
+    """The bytes of a file of the model without what belongs to the subject, the deltas."""
     mine = deltas(model)
-    rest = {name: value for name, value in model.state_dict().items() if name not in mine}
-    return file_size({**header, "model": rest})
+    base = {name: value for name, value in model.state_dict().items() if name not in mine}
+    return file_size({**header, "model": base})
 
 
 def compare(before, after):
@@ -300,8 +311,8 @@ def draw_grid(instance, before, after, title, path):
     n = len(PROMPTS)
     strips = {
         "instance images": toy.to_grid(instance[:n], n),
-        f"{title}, untuned": toy.to_grid(before[::EACH], n),
-        "tuned": toy.to_grid(after[::EACH], n),
+        f"{title}, untuned": toy.to_grid(before[::IMAGES_PER_PROMPT], n),
+        "tuned": toy.to_grid(after[::IMAGES_PER_PROMPT], n),
     }
     width, height = strips["tuned"].size
     line = 14  # pixels of a line of text
