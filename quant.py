@@ -296,19 +296,20 @@ class QuantLayer(nn.Module):
         self.n_bits = n_bits
         self.num_buckets = num_buckets
         self.shape = weight.shape
+        self.dtype = weight.dtype  # of the float weight; the scales have at least float32
         self.groups = getattr(layer, "groups", 1)
         self.bias = layer.bias
 
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
         if grouped.dtype.itemsize < 4:
-            grouped = grouped.float()  # float16 is too coarse for sums of squares
+            grouped = grouped.float()
         grid = calibrate(grouped, n_bits)
         codes = grid.codes.mT.to(torch.uint8)  # (G, O, K, I)
         self.register_buffer("codes", pack(codes, n_bits))
         self.register_buffer("zero_point", grid.zero_point.flatten().to(torch.uint8))
-        self.register_buffer("s_out", grid.s_out.flatten().to(weight.dtype))
-        self.register_buffer("s_in", grid.s_in.flatten().to(weight.dtype))
+        self.register_buffer("s_out", grid.s_out.flatten())
+        self.register_buffer("s_in", grid.s_in.flatten())
 
         self.d_out = zeros_for_each_bucket(self.s_out, num_buckets)
         self.d_in = zeros_for_each_bucket(self.s_in, num_buckets) if scales == "out+in" else None
@@ -317,7 +318,8 @@ class QuantLayer(nn.Module):
     def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
         """The float weight (O, I, *kernel) for the deltas of a bucket, by default the base's.
 
-        d_out (O,), d_in (I,): deltas; None stands for zeros.
+        d_out (O,), d_in (I,): deltas; None stands for zeros. dtype: of the weight, by default the
+        model's.
         """
         s_out = self.s_out if d_out is None else self.s_out * d_out.exp()
         s_in = self.s_in if d_in is None else self.s_in * d_in.exp()
@@ -332,7 +334,7 @@ class QuantLayer(nn.Module):
         w.mul_(s_out.view(g, o, 1, 1))
         w.mul_(s_in.view(g, 1, 1, i))
         w = w.view(g * o, *kernel, i)                               # (G * O, *kernel, I)
-        return w.movedim(-1, 1).to(dtype)                           # (G * O, I, *kernel)
+        return w.movedim(-1, 1).to(dtype or self.dtype)             # (G * O, I, *kernel)
     # fmt: on
 
     @property
@@ -385,6 +387,21 @@ class QuantLayer(nn.Module):
             return x
         factors = d.exp()[slot].to(x.dtype)  # (N, C)
         return x * self.along_channels(factors, x)
+
+    def _apply(self, fn, recurse=True):
+        """model.half(), model.to("cuda") and the like, which leave scales and deltas in float32.
+
+        In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 the steps of
+        the optimizer are smaller than what a delta can hold. PyTorch calls fn on every tensor.
+        """
+
+        def at_least_float32(tensor):
+            moved = fn(tensor)
+            too_coarse = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if too_coarse else moved
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return super()._apply(at_least_float32, recurse)
 
     def extra_repr(self):
         shape = "x".join(str(size) for size in self.shape)
@@ -767,7 +784,8 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
             weight = layer.dequantize(layer.d_out[bucket_index], d_in)
             plain = layer.plain(bias=layer.bias is not None, device="meta").train(layer.training)
             plain.weight = nn.Parameter(weight.detach())
-            plain.bias = layer.bias
+            if layer.bias is not None:
+                plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
             model.set_submodule(name, plain)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
