@@ -188,7 +188,12 @@ class UNet(nn.Module):
         It takes less memory and more time. context_fn: of torch.utils.checkpoint; a quantized model
         needs quant.remember.
         """
-        self.call = partial(checkpoint, use_reentrant=False, context_fn=context_fn)
+        self.call = partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=False,  # blocks draw no random numbers
+            context_fn=context_fn,
+        )
 
 
 def timestep_embedding(t: Tensor, c: int, period: float = 10000) -> Tensor:

@@ -57,6 +57,11 @@ from torch import Tensor
 
 from calibrate import CALIBRATIONS
 
+try:
+    import kernels  # the same in fewer launches, on a GPU
+except ImportError:  # without Triton
+    kernels = None
+
 # --------------------------------------------------------------------------------------------------
 # Buckets: which scales a timestep uses
 # --------------------------------------------------------------------------------------------------
@@ -176,7 +181,6 @@ class OneBucket(torch.autograd.Function):
         x, y, d_out, d_in, bias = ctx.saved_tensors
         layer = ctx.layer
         train_x, train_out, train_in, train_bias, _ = ctx.needs_input_grad
-        dims = layer.batch_dims(g)                                  # samples and positions
         gx = grad_out = grad_in = grad_bias = None
 
         # gx = W^T g
@@ -186,16 +190,15 @@ class OneBucket(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            grad_out = sum_of_product(g, y, dims, d_out.dtype)      # (O,)
-            if bias is not None:
-                grad_out = grad_out - bias * sum_over(g, dims, d_out.dtype)
+            grad_out = layer.gradient_of(d_out, g, y, bias)         # (O,)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            grad_in = sum_of_product(gx, x, dims, d_in.dtype)       # (I,)
+            grad_in = layer.gradient_of(d_in, gx, x)                # (I,)
 
         # dL/dbias = sum of g
         if train_bias:
+            dims = layer.batch_dims(g)                              # samples and positions
             grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
         return gx, grad_out, grad_in, grad_bias, None
 
@@ -215,9 +218,7 @@ class MixedBuckets(torch.autograd.Function):
         # y = exp(d_out) * W (exp(d_in) * x) + bias
         w = layer.dequantize(dtype=x.dtype)                         # (O, I, *kernel)
         y = layer.matmul(layer.scale_samples(x, d_in, slot), w)     # (N, O, H', W')
-        y = layer.scale_samples(y, d_out, slot)
-        if bias is not None:
-            y = y + layer.along_channels(bias[None], y)
+        y = layer.scale_samples(y, d_out, slot, bias)
 
         ctx.layer = layer
         ctx.slot = slot
@@ -234,7 +235,6 @@ class MixedBuckets(torch.autograd.Function):
         layer = ctx.layer
         slot = ctx.slot
         train_x, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
-        dims = layer.position_dims(g)                               # positions, not samples
         gx = grad_out = grad_in = grad_bias = None
 
         # gx = exp(d_in) * W^T (exp(d_out) * g)
@@ -244,24 +244,18 @@ class MixedBuckets(torch.autograd.Function):
             gx = layer.input_grad(scaled_g, ctx.x_shape, w)         # (N, I, H, W)
             gx = layer.scale_samples(gx, d_in, slot)
 
-        # is_in[b, n] is 1 if sample n is in bucket b: a matmul with it is a sum for each bucket
-        is_in = F.one_hot(slot, len(d_out)).to(d_out.dtype).T       # (B, N)
-
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            by_sample = sum_of_product(g, y, dims, d_out.dtype)     # (N, O)
-            if bias is not None:
-                by_sample = by_sample - bias * sum_over(g, dims, d_out.dtype)
-            grad_out = is_in @ by_sample                            # (B, O)
+            grad_out = layer.gradient_of(d_out, g, y, bias, slot)   # (B, O)
 
         # dL/dd_in = sum of gx * x
         if train_in:
-            by_sample = sum_of_product(gx, x, dims, d_in.dtype)     # (N, I)
-            grad_in = is_in @ by_sample                             # (B, I)
+            grad_in = layer.gradient_of(d_in, gx, x, None, slot)    # (B, I)
 
         # dL/dbias = sum of g
         if train_bias:
-            grad_bias = sum_over(g, layer.batch_dims(g), bias.dtype)
+            dims = layer.batch_dims(g)                              # samples and positions
+            grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
         return gx, grad_out, grad_in, grad_bias, None, None
 # fmt: on
 
@@ -273,9 +267,9 @@ def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x.sum(dims, dtype=dtype)
 
 
-def sum_of_product(a: Tensor, b: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """a * b summed over dims, in dtype."""
-    return sum_over(a * b, dims, dtype)
+def has_kernels_for(x: Tensor) -> bool:
+    """True if kernels.py takes over from the plain code for x: on a GPU, with Triton."""
+    return kernels is not None and kernels.usable(x)
 
 
 class QuantLayer(nn.Module):
@@ -321,6 +315,10 @@ class QuantLayer(nn.Module):
         d_out (O,), d_in (I,): deltas; None stands for zeros. dtype: of the weight, by default the
         model's.
         """
+        dtype = dtype or self.dtype
+        if has_kernels_for(self.s_out):
+            return kernels.dequantize(self, d_out, d_in, dtype)
+
         s_out = self.s_out if d_out is None else self.s_out * d_out.exp()
         s_in = self.s_in if d_in is None else self.s_in * d_in.exp()
         g = self.groups
@@ -334,7 +332,7 @@ class QuantLayer(nn.Module):
         w.mul_(s_out.view(g, o, 1, 1))
         w.mul_(s_in.view(g, 1, 1, i))
         w = w.view(g * o, *kernel, i)                               # (G * O, *kernel, I)
-        return w.movedim(-1, 1).to(dtype or self.dtype)             # (G * O, I, *kernel)
+        return w.movedim(-1, 1).to(dtype)                           # (G * O, I, *kernel)
     # fmt: on
 
     @property
@@ -372,7 +370,7 @@ class QuantLayer(nn.Module):
                 "a quantized layer wasn't told its timesteps: "
                 "call the model given to quantize, or see remember if it runs in a checkpoint"
             )
-        if batch.slot is None:
+        if len(batch.buckets) == 1:
             return batch.buckets, None
         if len(x) != len(batch.slot):
             raise ValueError(
@@ -381,12 +379,43 @@ class QuantLayer(nn.Module):
             )
         return batch.buckets, batch.slot.to(x.device)
 
-    def scale_samples(self, x: Tensor, d: Tensor | None, slot: Tensor) -> Tensor:
-        """x (N, ...) times exp(d) of each sample's bucket; d: (B, C). None leaves x as it is."""
+    # fmt: off
+    def scale_samples(self, x: Tensor, d: Tensor | None, slot: Tensor, bias: Tensor | None = None):
+        """x (N, ...) times exp(d) of each sample's bucket, plus bias (C,).
+
+        d: (B, C); None leaves x as it is. slot: (N,).
+        """
         if d is None:
             return x
-        factors = d.exp()[slot].to(x.dtype)  # (N, C)
-        return x * self.along_channels(factors, x)
+        if has_kernels_for(x):
+            return kernels.scale_samples(x, d, slot, self.channel_dim, bias)
+
+        factors = d.exp()[slot].to(x.dtype)                         # (N, C)
+        y = x * self.along_channels(factors, x)                     # (N, ...)
+        if bias is not None:
+            y = y + self.along_channels(bias[None], y)
+        return y
+
+    def gradient_of(self, d: Tensor, a: Tensor, b: Tensor, bias=None, slot=None) -> Tensor:
+        """dL/dd: a * (b - bias), summed over all samples and positions that share a delta.
+
+        a, b: (N, ...), with C channels. bias: (C,). d: (C,), if all samples share a bucket; else
+        (B, C), with slot (N,).
+        """
+        if has_kernels_for(a):
+            return kernels.gradient_of(d, a, b, self.channel_dim, bias, slot)
+
+        dims = self.batch_dims(a) if slot is None else self.position_dims(a)
+        total = sum_over(a * b, dims, d.dtype)                      # (C,) or (N, C)
+        if bias is not None:
+            total = total - bias * sum_over(a, dims, d.dtype)
+        if slot is None:
+            return total
+
+        # is_in[b, n] is 1 if sample n is in bucket b: a matmul with it is a sum for each bucket
+        is_in = F.one_hot(slot, len(d)).to(d.dtype).T               # (B, N)
+        return is_in @ total                                        # (B, C)
+    # fmt: on
 
     def _apply(self, fn, recurse=True):
         """model.half(), model.to("cuda") and the like, which leave scales and deltas in float32.
@@ -417,6 +446,8 @@ def zeros_for_each_bucket(scale: Tensor, num_buckets: int) -> nn.ParameterList:
 class QuantLinear(QuantLayer):
     """x (N, ..., I) -> y (N, ..., O)."""
 
+    channel_dim = -1
+
     def __init__(self, layer, *args):
         super().__init__(layer, *args)
         self.in_features = layer.in_features
@@ -445,6 +476,8 @@ class QuantLinear(QuantLayer):
 
 class QuantConv2d(QuantLayer):
     """x (N, I, H, W) -> y (N, O, H', W')."""
+
+    channel_dim = -3  # a single image has no batch dimension, so it is counted from the last
 
     def __init__(self, layer, *args):
         super().__init__(layer, *args)
@@ -655,8 +688,9 @@ class Batch(NamedTuple):
 
     model: nn.Module  # whose call it is
     buckets: list[int]  # the B buckets in the batch, in rising order
-    slot: Tensor | None  # (N,), where in buckets each sample's is; None if there is only one
-    outer: "Batch | None"  # of the call around this one, if a quantized model calls another
+    slot: Tensor  # (N,), where in buckets each sample's is
+    outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
+    is_fixed: bool = False  # whoever calls the model has found the buckets (see runtime.Graphed)
 
 
 # The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two
@@ -665,27 +699,35 @@ class Batch(NamedTuple):
 current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
 
 
+def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
+    """The buckets and the slots (see Batch) of a batch with timesteps t, (N,) or one for all.
+
+    With two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1].
+    """
+    b = bucket(t, edges).flatten()
+    buckets, slot = b.unique(return_inverse=True)
+    return buckets.tolist(), slot
+
+
 def set_batch(model, args, kwargs):
     """Before the model's forward: find the buckets in the batch."""
+    outer = current_batch.get()
+    if outer is not None and outer.model is model and outer.is_fixed:
+        return
     config = model.quant_config
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     t = given.get(config["timestep"])
     if t is None:
         name = config["timestep"]
         raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
-
-    # with two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1]
-    b = bucket(t, config["edges"]).flatten()
-    buckets, slot = b.unique(return_inverse=True)
-    if len(buckets) == 1:
-        slot = None
-    current_batch.set(Batch(model, buckets.tolist(), slot, current_batch.get()))
+    buckets, slot = find_buckets(t, config["edges"])
+    current_batch.set(Batch(model, buckets, slot, outer))
 
 
 def clear_batch(model, *_):
     """After the model's forward, also if it failed: a layer called on its own then raises."""
     batch = current_batch.get()
-    if batch is not None and batch.model is model:
+    if batch is not None and batch.model is model and not batch.is_fixed:
         current_batch.set(batch.outer)
 
 

@@ -1,0 +1,400 @@
+"""The GPU's kernels against the plain code of quant.py, and CUDA graphs against plain calls.
+
+The kernels run on a GPU if there is one. If not, Triton's interpreter runs them on the CPU, if
+Triton is installed (conftest.py asks for it); else their tests are skipped.
+"""
+
+import copy
+import importlib.util
+import io
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+import quant
+import runtime
+from calibrate import minmax
+from model import UNet
+from quant import QuantConv2d, QuantLinear, deltas, find_buckets, quantize, remember
+from runtime import BASE, InBatch, graphed, load_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def why_no_kernels():
+    """Why kernels can't run here, "" if they can."""
+    if quant.kernels is None:
+        return "Triton isn't installed"
+    x = torch.ones(3, 3, device=DEVICE)
+    try:
+        quant.kernels.gradient_of(x[0], x, x, channel_dim=-1)
+    except Exception as error:  # Triton 3.6's interpreter fails with NumPy 2.4
+        return f"Triton doesn't work here: {error}"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(why_no_kernels() != "", reason=why_no_kernels())
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+
+LAYERS = {
+    "linear": lambda: nn.Linear(20, 12),
+    "3x3": lambda: nn.Conv2d(5, 12, 3, padding=1),
+    "1x1, no bias": lambda: nn.Conv2d(24, 9, 1, bias=False),
+    "grouped": lambda: nn.Conv2d(8, 6, 3, groups=2),
+}
+if DEVICE == "cuda":  # those of a UNet of 860 million parameters, too large for the interpreter
+    LAYERS["860M linear"] = lambda: nn.Linear(1280, 3840)
+    LAYERS["860M 3x3"] = lambda: nn.Conv2d(2560, 1280, 3, padding=1)
+    LAYERS["860M 1x1"] = lambda: nn.Conv2d(640, 320, 1)
+    LAYERS["860M stem"] = lambda: nn.Conv2d(4, 320, 3, padding=1)
+BITS = (2, 3, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16)
+EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # of one operation
+LAYER_EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # the plain code rounds products too
+
+ROWS = "rows"  # (N, ..., C), as a linear layer has them
+CHANNELS_LAST = "channels last"
+CHANNELS_FIRST = "channels first"
+ACTIVATIONS = [
+    ((4, 3, 5, 70), ROWS),
+    ((5, 33), ROWS),
+    ((3, 70, 9, 8), CHANNELS_LAST),
+    ((3, 70, 9, 8), CHANNELS_FIRST),
+]
+if DEVICE == "cuda":
+    ACTIVATIONS.append(((4, 4096, 960), ROWS))
+    ACTIVATIONS.append(((4, 320, 64, 64), CHANNELS_LAST))
+    ACTIVATIONS.append(((4, 1280, 8, 8), CHANNELS_FIRST))
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls(monkeypatch):
+    """Convolutions on a GPU in float32, not in TF32, which keeps three digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def by_plain_code(run):
+    """What run() returns if quant.py does everything itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "kernels", None)
+        return run()
+
+
+def by_kernels(run):
+    """What run() returns if kernels.py takes over, on the CPU as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant.kernels, "usable", lambda x: True)
+        return run()
+
+
+def quantized(name, n_bits, num_buckets=2):
+    """A quantized layer whose scales and deltas are all different."""
+    torch.manual_seed(n_bits)
+    layer = LAYERS[name]()
+    kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    layer = kind(layer, n_bits, num_buckets, "out+in", minmax)
+    for delta in (*layer.d_out, *layer.d_in):
+        nn.init.normal_(delta, std=0.1)
+    nn.init.uniform_(layer.s_in, 0.5, 2)
+    return layer.to(DEVICE)
+
+
+def activation(shape, layout, dtype):
+    """Random numbers of this shape, on the device."""
+    x = torch.randn(shape).to(DEVICE, dtype)
+    return x.to(memory_format=torch.channels_last) if layout == CHANNELS_LAST else x
+
+
+def layer_for(layout):
+    """A layer with this layout of activations; its sizes don't matter here."""
+    return quantized("linear" if layout == ROWS else "3x3", 4)
+
+
+def relative_error(got, wanted):
+    """The norm of the error, as a part of what is wanted."""
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels
+# --------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_bits", BITS)
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_dequantize(name, n_bits, dtype):
+    layer = quantized(name, n_bits)
+    d_out = layer.d_out[1]
+    d_in = layer.d_in[1]
+    for pair in ((None, None), (d_out, None), (d_out, d_in)):
+        got = by_kernels(lambda: layer.dequantize(*pair, dtype))  # noqa: B023
+        wanted = by_plain_code(lambda: layer.dequantize(*pair, dtype))  # noqa: B023
+        assert got.dtype == dtype
+        assert got.stride() == wanted.stride()
+        torch.testing.assert_close(got, wanted, rtol=EPSILON[dtype], atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape, layout", ACTIVATIONS, ids=str)
+@torch.no_grad()
+def test_gradient_of(shape, layout, with_bias, is_mixed, dtype):
+    torch.manual_seed(0)
+    layer = layer_for(layout)
+    a = activation(shape, layout, dtype)
+    b = activation(shape, CHANNELS_FIRST, dtype)  # the memory formats of the two may differ
+    c = shape[layer.channel_dim]
+    bias = torch.randn(c).to(DEVICE, dtype) if with_bias else None
+    slot = torch.arange(len(a), device=DEVICE) % 2 if is_mixed else None
+    d = torch.zeros((2, c) if is_mixed else c, device=DEVICE)
+
+    got = by_kernels(lambda: layer.gradient_of(d, a, b, bias, slot))
+    again = by_kernels(lambda: layer.gradient_of(d, a, b, bias, slot))
+    assert torch.equal(got, again)
+
+    def exact(a, b, bias):
+        return by_plain_code(lambda: layer.gradient_of(d.double(), a, b, bias, slot))
+
+    a, b = a.double(), b.double()
+    bias = None if bias is None else bias.double()
+    size = exact(a.abs(), b.abs(), None if bias is None else -bias.abs())
+    assert got.shape == d.shape and got.dtype == torch.float32
+    assert ((got - exact(a, b, bias)).abs() <= 1e-6 * size).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape, layout", ACTIVATIONS, ids=str)
+@torch.no_grad()
+def test_scale_samples(shape, layout, with_bias, dtype):
+    torch.manual_seed(0)
+    layer = layer_for(layout)
+    x = activation(shape, layout, dtype)
+    slot = torch.arange(len(x), device=DEVICE) % 2
+    c = shape[layer.channel_dim]
+    d = (torch.randn(2, c) / 10).to(DEVICE)
+    bias = torch.randn(c).to(DEVICE) if with_bias else None
+
+    got = by_kernels(lambda: layer.scale_samples(x, d, slot, bias))
+    wanted = by_plain_code(lambda: layer.scale_samples(x.float(), d, slot, bias))
+    assert got.stride() == x.stride()
+    torch.testing.assert_close(got, wanted.to(dtype), rtol=EPSILON[dtype], atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [[900, 950, 700], [900, 100, 950]], ids=["one bucket", "mixed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, t, dtype):
+    """Values and all gradients of a layer inside a model, which tells it the buckets."""
+    torch.manual_seed(0)
+    layer = quantized(name, 4)
+    is_conv = isinstance(layer, QuantConv2d)
+    shape = (3, layer.shape[1] * layer.groups, 8, 8) if is_conv else (3, 7, layer.shape[1])
+    x = activation(shape, CHANNELS_LAST if is_conv else ROWS, dtype).requires_grad_()
+    buckets, slot = find_buckets(torch.tensor(t, device=DEVICE), [0, 500, 1000])
+    batch = quant.Batch(None, buckets, slot)
+    g = None
+
+    def run():
+        nonlocal g
+        layer.zero_grad()
+        x.grad = None
+        with quant.batch_set(batch):
+            y = layer(x)
+        if g is None:
+            g = torch.randn(y.shape).to(y)
+        y.backward(g)
+        grads = [d.grad for d in (*layer.d_out, *layer.d_in)]
+        return [y.detach(), x.grad, *grads]
+
+    for got, wanted in zip(by_kernels(run), by_plain_code(run)):
+        if wanted is None:
+            assert got is None
+        else:
+            assert got.dtype == wanted.dtype and got.shape == wanted.shape
+            assert relative_error(got, wanted) < LAYER_EPSILON[dtype]
+
+
+@needs_triton
+@torch.no_grad()
+def test_a_single_image_and_a_single_vector():
+    for name, shape in (("3x3", (5, 6, 7)), ("linear", (20,))):
+        layer = quantized(name, 4)
+        a = activation(shape, ROWS, torch.float32)
+        d = torch.zeros(shape[layer.channel_dim], device=DEVICE)
+        got = by_kernels(lambda: layer.gradient_of(d, a, a))  # noqa: B023
+        wanted = by_plain_code(lambda: layer.gradient_of(d, a, a))  # noqa: B023
+        torch.testing.assert_close(got, wanted)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which code runs
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["triton", "kernels"])
+def test_the_plain_code_runs_without(missing, monkeypatch):
+    """A copy of quant.py, imported without Triton or without kernels.py, quantizes and trains."""
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)  # its import fails
+    spec = importlib.util.spec_from_file_location("quant_alone", quant.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.kernels is None
+
+    layer = alone.QuantLinear(nn.Linear(20, 12), 4, 1, "out+in", minmax)
+    layer(torch.randn(3, 20)).sum().backward()
+    assert layer.d_out[0].grad.isfinite().all()
+
+
+@needs_triton
+def test_the_plain_code_runs_on_the_cpu_and_under_autograd():
+    assert not quant.has_kernels_for(torch.zeros(3))
+    assert not quant.has_kernels_for(torch.zeros(3, device=DEVICE))  # a gradient may be needed
+    layer = quantized("linear", 4)
+    layer.dequantize(layer.d_out[0], layer.d_in[0]).sum().backward()
+    assert layer.d_out[0].grad is not None
+
+
+@needs_gpu
+@needs_triton
+@torch.no_grad()
+def test_kernels_run_on_the_gpu():
+    assert quant.has_kernels_for(torch.zeros(3, device=DEVICE))
+    assert not quant.has_kernels_for(torch.zeros(3, device=DEVICE, dtype=torch.float64))
+    assert not quant.has_kernels_for(torch.zeros(0, device=DEVICE))
+
+
+# --------------------------------------------------------------------------------------------------
+# CUDA graphs
+# --------------------------------------------------------------------------------------------------
+
+
+def small_unet(num_buckets=2):
+    """A quantized UNet, and three batches: the two buckets mixed, and each alone."""
+    torch.manual_seed(0)
+    model = UNet(channels=(32, 32), attention=(1,), c_emb=16, c_words=16)
+    nn.init.normal_(model.out.weight, std=0.1)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
+    quantize(model, 4, num_buckets, calibration="minmax")
+    batches = []
+    for t in ([900, 100], [900, 950], [10, 20]):
+        x = torch.randn(2, 3, 16, 16).to(DEVICE, memory_format=torch.channels_last)
+        words = torch.randint(22, (2, 7)).to(DEVICE)
+        batches.append((x, torch.tensor(t, device=DEVICE), words))
+    return model, batches
+
+
+def train(model, net, batches):
+    """Three rounds of training steps; returns the losses and all deltas."""
+    optimizer = torch.optim.Adam(deltas(model).values(), lr=1e-2, fused=True)
+    losses = []
+    for x, t, words in 3 * batches:
+        loss = (net(x, t, words) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().view(1))
+    return torch.cat([*losses, *[delta.detach().flatten() for delta in deltas(model).values()]])
+
+
+def test_a_cpu_has_no_graphs():
+    model, _ = small_unet()
+    assert DEVICE == "cuda" or graphed(model) is model
+
+
+def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
+    """What a graph records doesn't look at t to find the buckets."""
+    model, batches = small_unet()
+    for x, t, words in batches:
+        buckets, slot = find_buckets(t, model.quant_config["edges"])
+        results = []
+        for net in (model, InBatch(model, buckets)):
+            model.zero_grad()
+            with monkeypatch.context() as patch:
+                if net is not model:
+                    patch.setattr(quant, "find_buckets", None)
+                    v = net(slot, x, t, words)
+                else:
+                    v = net(x, t, words)
+            v.square().mean().backward()
+            results.append([v, *[delta.grad for delta in deltas(model).values()]])
+        assert quant.current_batch.get() is None
+        for plain, told in zip(*results):
+            assert (plain is None and told is None) or torch.equal(plain, told)
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_buckets", [1, 2])
+@pytest.mark.parametrize("blocks", ["kept", "checkpointed"])
+def test_graphed_training_is_plain_training(num_buckets, blocks):
+    """The same losses and deltas to the last bit, if plain training repeats itself that well."""
+    model, batches = small_unet(num_buckets)
+    if blocks == "checkpointed":
+        model.checkpoint_blocks(remember)
+    results = []
+    for wrap in (lambda model: model, lambda model: model, graphed, graphed):
+        copied = copy.deepcopy(model)
+        results.append(train(copied, wrap(copied), batches))
+    plain, plain_again, graph, graph_again = results
+    torch.testing.assert_close(graph, plain, rtol=1e-3, atol=1e-4)
+    if torch.equal(plain, plain_again):
+        assert torch.equal(graph, graph_again)
+        assert torch.equal(graph, plain)
+
+
+@needs_gpu
+def test_graphed_takes_float_models_autocast_and_sampling():
+    torch.manual_seed(0)
+    model = UNet(channels=(32, 32), attention=(1,), c_emb=16, c_words=16).to(DEVICE)
+    nn.init.normal_(model.out.weight, std=0.1)
+    _, batches = small_unet()
+    net = graphed(model)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for _ in range(3):
+            for x, t, words in batches:
+                model.zero_grad()
+                net(x, t.cpu(), words).square().mean().backward()
+                grad = model.stem.weight.grad.clone()
+                model.zero_grad()
+                model(x, t, words).square().mean().backward()
+                torch.testing.assert_close(grad, model.stem.weight.grad, rtol=0.05, atol=1e-3)
+    with torch.no_grad():
+        for _ in range(3):
+            for x, t, words in batches:
+                torch.testing.assert_close(net(x, t, words), model(x, t, words))
+
+
+@needs_gpu
+def test_a_resumed_run_leaves_the_same_bytes(tmp_path, monkeypatch):
+    import train as script
+    from data import toy
+
+    flags = ["--buckets", "2", "--steps", "12", "--batch", "2", "--device", DEVICE]
+    args = script.arguments([*flags, "--out", str(tmp_path)])
+    images = toy.load_subject(BASE.parent / "subjects" / "mo", script.SUBJECT_WORD)
+    base = quantize(load_model(BASE, DEVICE), 4, 2, calibration="minmax")
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 5)
+    states = []
+
+    def keep(state, path):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        states.append(torch.load(file, map_location="cpu"))
+
+    monkeypatch.setattr(script, "save", keep)
+    script.finetune(copy.deepcopy(base), args, *images)  # saves at steps 5, 10 and 12
+    script.finetune(copy.deepcopy(base), args, *images, states[0])  # at 10 and 12
+    assert [state["step"] for state in states] == [5, 10, 12, 10, 12]
+    for name, delta in states[2]["trained"].items():
+        assert torch.equal(delta, states[4]["trained"][name]), name
