@@ -33,10 +33,10 @@ So no gradient of a weight is ever computed. For backward a layer keeps x (if d_
 d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward
 builds it again.
 
-If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the base's
-scales, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its activations before
-and after the matmul. A bucket without a sample in the batch has no gradient (None, not zeros), so
-that the optimizer skips it, with its momentum.
+If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the scales
+of the base (s_out and s_in without deltas), and the exp(d_in) and exp(d_out) of each sample's
+bucket multiply its activations before and after the matmul. A bucket without a sample in the batch
+has no gradient (None, not zeros), so the optimizer skips it and leaves its momentum alone.
 
 The chapters: buckets, bits, the layer, the swap, timesteps, afterwards. calibrate.py finds the
 integers and the scales to start from.
@@ -281,11 +281,12 @@ def sum_of_product(a: Tensor, b: Tensor, dims: tuple[int, ...], dtype: torch.dty
 class QuantLayer(nn.Module):
     """A Conv2d or Linear whose weight is packed integers and scales; only the deltas are trained.
 
-    codes: the packed integers, uint8. They are packed in the order (G, O, K, I) of groups, rows of
-    a group, positions of the kernel and columns: a weight in channels_last is built from it without
-    a copy. zero_point, s_out: (rows of all groups,). s_in: (columns of a group,). d_out, d_in:
-    lists of one parameter for each bucket, of the shapes of s_out and s_in; d_in is None if columns
-    aren't trained.
+    codes: the packed integers, uint8, in the order (G, O, K, I): groups, rows of a group, positions
+    of the kernel, columns. What is unpacked in this order is a weight in channels_last.
+    zero_point, s_out: (G * O,).
+    s_in: (G * I,).
+    d_out, d_in: lists of one parameter for each bucket, of the shape of s_out and of s_in. d_in is
+    None if columns aren't trained.
 
     QuantLinear and QuantConv2d add how to multiply, and where the channels of x and y are.
     """
@@ -389,10 +390,11 @@ class QuantLayer(nn.Module):
         return x * self.along_channels(factors, x)
 
     def _apply(self, fn, recurse=True):
-        """model.half(), model.to("cuda") and the like, which leave scales and deltas in float32.
+        """What model.half(), model.to("cuda") and the like call, with an fn for every tensor.
 
-        In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 the steps of
-        the optimizer are smaller than what a delta can hold. PyTorch calls fn on every tensor.
+        Whatever they ask for, the scales, deltas and bias of a quantized layer keep at least
+        float32. In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 a
+        delta loses the steps of the optimizer to rounding.
         """
 
         def at_least_float32(tensor):
@@ -410,7 +412,7 @@ class QuantLayer(nn.Module):
 
 
 def zeros_for_each_bucket(scale: Tensor, num_buckets: int) -> nn.ParameterList:
-    """Deltas for a scale: one parameter for each bucket, so that one not drawn has no gradient."""
+    """Deltas for a scale, one parameter for each bucket: a bucket not drawn has no gradient."""
     return nn.ParameterList(torch.zeros_like(scale) for _ in range(num_buckets))
 
 
@@ -512,9 +514,10 @@ def quantize(
     keep_float: list[str] = (),
     edges: list[float] | None = None,
 ) -> nn.Module:
-    """Put a quantized layer in the place of every Conv2d and Linear of model, one at a time.
+    """Replace every Conv2d and Linear of model by a quantized layer, one at a time.
 
-    Afterwards only deltas train. Returns model itself; model.quant_config holds the arguments.
+    Afterwards only deltas train. Returns model itself. model.quant_config holds the arguments, with
+    edges for num_buckets and T.
 
     n_bits: 2 to 8.
     num_buckets: how many scale sets there are over the timesteps 0 .. T.
@@ -525,8 +528,8 @@ def quantize(
     keep8: patterns of names of layers to keep at 8 bits, such as "down.*"; by default the first and
         the last Conv2d.
     keep_float: patterns of names of layers to leave as they are.
-    edges: the edges of the buckets, for others than num_buckets equal intervals of 0 .. T; those
-        two then don't count.
+    edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
+        ignored.
 
     Raises ValueError, with the layer's name, before anything is changed: for arguments out of
     range, for a model that is quantized already, for weights that are shared between layers, not
@@ -583,7 +586,7 @@ def check_arguments(model, n_bits, edges, scales, calibration, timestep):
         raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
     rising = all(low < high for low, high in zip(edges, edges[1:]))
     if len(edges) < 2 or not rising:
-        raise ValueError(f"edges must be two or more rising numbers, not {edges}")
+        raise ValueError(f"edges must be two or more increasing numbers, not {edges}")
     if scales not in ("out", "out+in"):
         raise ValueError(f"scales must be out or out+in, not {scales}")
     if calibration not in CALIBRATIONS:
@@ -654,8 +657,8 @@ class Batch(NamedTuple):
     """What a call of a model tells its layers about the batch."""
 
     model: nn.Module  # whose call it is
-    buckets: list[int]  # the B buckets in the batch, in rising order
-    slot: Tensor | None  # (N,), where in buckets each sample's is; None if there is only one
+    buckets: list[int]  # the B buckets in the batch, in increasing order
+    slot: Tensor | None  # (N,), the index in buckets of each sample's; None if there is one
     outer: "Batch | None"  # of the call around this one, if a quantized model calls another
 
 
@@ -683,7 +686,7 @@ def set_batch(model, args, kwargs):
 
 
 def clear_batch(model, *_):
-    """After the model's forward, also if it failed: a layer called on its own then raises."""
+    """After the model's forward, even if it failed: a layer called on its own then raises."""
     batch = current_batch.get()
     if batch is not None and batch.model is model:
         current_batch.set(batch.outer)
@@ -693,8 +696,8 @@ def remember():
     """The context_fn for torch.utils.checkpoint in a model with several buckets.
 
     checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
-    block. It enters the first of the two contexts for the run in forward, and the second for the
-    run in backward. By then the model's call is over, so the second sets the batch again.
+    block. It runs the block in the first context, and runs it again in backward in the second. By
+    then the call of the model is over, so the second sets its batch again.
     """
     return contextlib.nullcontext(), batch_set(current_batch.get())
 
@@ -738,7 +741,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def adapter(model: nn.Module) -> dict:
-    """All that fine-tuning has made, to torch.save: a file of kilobytes.
+    """All that fine-tuning has made, ready for torch.save: kilobytes.
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
     concatenated, as float16.
