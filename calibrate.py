@@ -56,8 +56,8 @@ def minmax(w: Tensor, n_bits: int, shrink: float = 1.0) -> Grid:
 def mse(w: Tensor, n_bits: int, max_percent: int = 79) -> Grid:
     """minmax, with the range of each row shrunk by the percentage that minimizes its squared error.
 
-    A few large weights make the steps of a row wide. To clip them costs an error there, but all
-    other weights get a finer grid.
+    A few large weights make the steps of a row wide. Clipping them costs accuracy there, but gives
+    all other weights a finer grid.
     """
 
     def squared_error(grid):  # (G, O, 1, 1)
@@ -113,17 +113,17 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
         imbalance = largest / smallest
         best = torch.where(imbalance < least, c, best)
         least = imbalance.clamp(max=least)
-        # divide by at most 2 in a round, so that an outlier doesn't decide a scale at once
+        # divide by at most 2 in a round, so that an outlier can't set a scale in a single one
         r = r * (row_std / smallest).clamp(max=2)
         c = c * (col_std / smallest).clamp(max=2)
     return best
 
 
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
-    """The standard deviation of w over dims, which stay, with size 1.
+    """The standard deviation of w over dims, which are kept with size 1.
 
-    A row or column of equal weights needs no balancing. Its deviation of 0 is replaced by the
-    largest of its group: otherwise all others would be scaled towards 0.
+    A row or column of equal weights has none. Left at 0, it would be the smallest, which all others
+    are divided down to. So it counts as the largest, and stays out of their way.
     """
     std = w.std(dims, keepdim=True, correction=0)
     largest = std.amax((1, 2), True)
@@ -131,7 +131,7 @@ def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
 
 
 def least_squares_scale(w: Tensor, a: Tensor, old: Tensor, dims: tuple[int, int]) -> Tensor:
-    """The scale s that minimizes |w - s a|^2 over dims, <w, a> / <a, a>; old if a is 0 there."""
+    """The scale s that minimizes |w - s a|^2 over dims, <w, a> / <a, a>; old where a is all 0."""
     norm = a.square().sum(dims, keepdim=True)
     return torch.where(norm > 0, (w * a).sum(dims, keepdim=True) / norm, old)
 

@@ -256,10 +256,8 @@ def samples_positions_channels(x: Tensor, channel_dim: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def scale_samples(
-    x: Tensor, d: Tensor, slot: Tensor, channel_dim: int, bias: Tensor | None = None
-) -> Tensor:
-    """QuantLayer.scale_samples: x times exp(d) of each sample's bucket, plus bias."""
+def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tensor:
+    """QuantLayer.scale_samples: x times exp(d) of each sample's bucket."""
     last = x.movedim(channel_dim, -1)  # (N, ..., C)
     x = samples_positions_channels(x, channel_dim)
     y = torch.empty_like(x)
@@ -269,7 +267,6 @@ def scale_samples(
         x,
         d,
         slot,
-        bias,
         y,
         P,
         C,
@@ -286,7 +283,6 @@ def scale_samples_kernel(
     x,  # (N, P, C)
     d,  # (slots, C)
     slot,  # (N,)
-    bias,  # (C,), or None
     y,  # (N, P, C), to be written
     P,
     C,
@@ -299,7 +295,7 @@ def scale_samples_kernel(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y = exp(d) * x + bias, for POSITIONS positions and CHANNELS channels of one sample."""
+    """y = exp(d) * x, for POSITIONS positions and CHANNELS channels of one sample."""
     n = tl.program_id(0)
     p = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -309,7 +305,5 @@ def scale_samples_kernel(
     factor = tl.exp(tl.load(d + bucket * C + c, mask=c < C, other=0).to(tl.float32))
     x_places = n * x_n + (p * x_p)[:, None] + (c * x_c)[None, :]
     value = tl.load(x + x_places, mask=mask).to(tl.float32) * factor[None, :]
-    if bias is not None:
-        value += tl.load(bias + c, mask=c < C, other=0).to(tl.float32)[None, :]
     y_places = n * y_n + (p * y_p)[:, None] + (c * y_c)[None, :]
     tl.store(y + y_places, value.to(y.dtype.element_ty), mask=mask)

@@ -33,10 +33,10 @@ So no gradient of a weight is ever computed. For backward a layer keeps x (if d_
 d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward
 builds it again.
 
-If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the base's
-scales, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its activations before
-and after the matmul. A bucket without a sample in the batch has no gradient (None, not zeros), so
-that the optimizer skips it, with its momentum.
+If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the scales
+of the base (s_out and s_in without deltas), and the exp(d_in) and exp(d_out) of each sample's
+bucket multiply its activations before and after the matmul. A bucket without a sample in the batch
+has no gradient (None, not zeros), so the optimizer skips it and leaves its momentum alone.
 
 The chapters: buckets, bits, the layer, the swap, timesteps, afterwards. calibrate.py finds the
 integers and the scales to start from.
@@ -153,7 +153,7 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 # The formatter would move the shape comments out of their column.
 # fmt: off
 class OneBucket(torch.autograd.Function):
-    """y = W x + bias, for a batch whose samples all share a bucket: W has the scales of it.
+    """y = W x + bias, for a batch whose samples all share a bucket: W has that bucket's scales.
 
     Shapes are written for a convolution; a linear layer has x (N, ..., I) and y (N, ..., O).
     d_out (O,), d_in (I,): the deltas of the bucket; d_in is None if columns aren't trained.
@@ -166,12 +166,17 @@ class OneBucket(torch.autograd.Function):
 
         # y = W x + bias
         w = layer.dequantize(d_out, d_in, x.dtype)                  # (O, I, *kernel)
-        y = layer.matmul(x, w, bias)                                # (N, O, H', W')
+        if bias is None or is_exact(x):
+            y = layer.matmul(x, w, bias)                            # (N, O, H', W')
+            kept_y = y
+        else:
+            kept_y = layer.matmul(x, w)
+            y = layer.add_bias(kept_y, bias)
 
         ctx.layer = layer
         ctx.x_shape = x.shape
         kept_x = x if train_in else None
-        kept_y = y if train_out else None
+        kept_y = kept_y if train_out else None
         ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)    # w isn't kept
         return y
 
@@ -185,12 +190,13 @@ class OneBucket(torch.autograd.Function):
 
         # gx = W^T g
         if train_x or train_in:
-            w = layer.dequantize(d_out, d_in, g.dtype)              # (O, I, *kernel)
+            w = layer.dequantize(d_out, d_in, g.dtype)              # (O, I, *kernel), built again
             gx = layer.input_grad(g, ctx.x_shape, w)                # (N, I, H, W)
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            grad_out = layer.gradient_of(d_out, g, y, bias)         # (O,)
+            bias_in_y = bias if is_exact(y) else None
+            grad_out = layer.gradient_of(d_out, g, y, bias_in_y)    # (O,)
 
         # dL/dd_in = sum of gx * x
         if train_in:
@@ -218,13 +224,17 @@ class MixedBuckets(torch.autograd.Function):
         # y = exp(d_out) * W (exp(d_in) * x) + bias
         w = layer.dequantize(dtype=x.dtype)                         # (O, I, *kernel)
         y = layer.matmul(layer.scale_samples(x, d_in, slot), w)     # (N, O, H', W')
-        y = layer.scale_samples(y, d_out, slot, bias)
+        y = layer.scale_samples(y, d_out, slot)
+        kept_y = y
+        if bias is not None:
+            y = layer.add_bias(y, bias)
+            kept_y = y if is_exact(y) else kept_y
 
         ctx.layer = layer
         ctx.slot = slot
         ctx.x_shape = x.shape
         kept_x = x if train_in else None
-        kept_y = y if train_out else None
+        kept_y = kept_y if train_out else None
         ctx.save_for_backward(kept_x, kept_y, d_out, d_in, bias)
         return y
 
@@ -246,7 +256,8 @@ class MixedBuckets(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            grad_out = layer.gradient_of(d_out, g, y, bias, slot)   # (B, O)
+            bias_in_y = bias if is_exact(y) else None
+            grad_out = layer.gradient_of(d_out, g, y, bias_in_y, slot)  # (B, O)
 
         # dL/dd_in = sum of gx * x
         if train_in:
@@ -258,6 +269,15 @@ class MixedBuckets(torch.autograd.Function):
             grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
         return gx, grad_out, grad_in, grad_bias, None, None
 # fmt: on
+
+
+def is_exact(y: Tensor) -> bool:
+    """True if W x can be had from y by subtracting the bias, so that y is what to keep.
+
+    The next layer often keeps y as well, which makes it free. In float16 and bfloat16 a large bias
+    leaves few digits of W x in y. There W x itself is kept.
+    """
+    return y.dtype.itemsize >= 4
 
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -275,11 +295,13 @@ def has_kernels_for(x: Tensor) -> bool:
 class QuantLayer(nn.Module):
     """A Conv2d or Linear whose weight is packed integers and scales; only the deltas are trained.
 
-    codes: the packed integers, uint8. They are packed in the order (G, O, K, I) of groups, rows of
-    a group, positions of the kernel and columns: a weight in channels_last is built from it without
-    a copy. zero_point, s_out: (rows of all groups,). s_in: (columns of a group,). d_out, d_in:
-    lists of one parameter for each bucket, of the shapes of s_out and s_in; d_in is None if columns
-    aren't trained.
+    codes: the packed integers, uint8, in the order (G, O, K, I): groups, rows of a group, positions
+    of the kernel, columns. What is unpacked in this order is a weight in channels_last.
+    zero_point, s_out: (G * O,).
+    s_in: (G * I,).
+    d_out_0, d_in_0, d_out_1, ...: the deltas of each bucket, of the shape of s_out and of s_in;
+    there are no d_in if columns aren't trained. A bucket has parameters of its own, so that one
+    that isn't drawn has no gradient.
 
     QuantLinear and QuantConv2d add how to multiply, and where the channels of x and y are.
     """
@@ -294,6 +316,8 @@ class QuantLayer(nn.Module):
         self.groups = getattr(layer, "groups", 1)
         self.bias = layer.bias
 
+        # sums depend on the order in memory: always channels_last, so that the codes don't
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
         if grouped.dtype.itemsize < 4:
@@ -305,8 +329,15 @@ class QuantLayer(nn.Module):
         self.register_buffer("s_out", grid.s_out.flatten())
         self.register_buffer("s_in", grid.s_in.flatten())
 
-        self.d_out = zeros_for_each_bucket(self.s_out, num_buckets)
-        self.d_in = zeros_for_each_bucket(self.s_in, num_buckets) if scales == "out+in" else None
+        self.trained = ("d_out", "d_in") if scales == "out+in" else ("d_out",)
+        for kind in self.trained:
+            scale = self.s_out if kind == "d_out" else self.s_in
+            for b in range(num_buckets):
+                self.register_parameter(f"{kind}_{b}", nn.Parameter(torch.zeros_like(scale)))
+
+    def delta(self, kind: str, b: int) -> nn.Parameter | None:
+        """d_out (O,) or d_in (I,) of bucket b; None if such deltas aren't trained."""
+        return getattr(self, f"{kind}_{b}") if kind in self.trained else None
 
     # fmt: off
     def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
@@ -349,15 +380,13 @@ class QuantLayer(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         buckets, slot = self.buckets_of_batch(x)
 
+        d_out = [self.delta("d_out", b) for b in buckets]
+        d_in = [self.delta("d_in", b) for b in buckets]
         if slot is None:
-            b = buckets[0]
-            d_in = None if self.d_in is None else self.d_in[b]
-            return OneBucket.apply(x, self.d_out[b], d_in, bias, self)
+            return OneBucket.apply(x, d_out[0], d_in[0], bias, self)
 
-        d_out = torch.stack([self.d_out[b] for b in buckets])  # (B, O)
-        d_in = None
-        if self.d_in is not None:
-            d_in = torch.stack([self.d_in[b] for b in buckets])  # (B, I)
+        d_out = torch.stack(d_out)  # (B, O)
+        d_in = torch.stack(d_in) if "d_in" in self.trained else None  # (B, I)
         return MixedBuckets.apply(x, d_out, d_in, bias, self, slot)
 
     def buckets_of_batch(self, x: Tensor) -> tuple[list[int], Tensor | None]:
@@ -379,23 +408,20 @@ class QuantLayer(nn.Module):
             )
         return batch.buckets, batch.slot.to(x.device)
 
-    # fmt: off
-    def scale_samples(self, x: Tensor, d: Tensor | None, slot: Tensor, bias: Tensor | None = None):
-        """x (N, ...) times exp(d) of each sample's bucket, plus bias (C,).
+    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        """y (N, O, H', W') + bias (O,)."""
+        return y + self.along_channels(bias[None], y)
 
-        d: (B, C); None leaves x as it is. slot: (N,).
-        """
+    def scale_samples(self, x: Tensor, d: Tensor | None, slot: Tensor) -> Tensor:
+        """x (N, ...) times exp(d) of each sample's bucket; d: (B, C). None leaves x as it is."""
         if d is None:
             return x
         if has_kernels_for(x):
-            return kernels.scale_samples(x, d, slot, self.channel_dim, bias)
+            return kernels.scale_samples(x, d, slot, self.channel_dim)
+        factors = d.exp()[slot].to(x.dtype)  # (N, C)
+        return x * self.along_channels(factors, x)
 
-        factors = d.exp()[slot].to(x.dtype)                         # (N, C)
-        y = x * self.along_channels(factors, x)                     # (N, ...)
-        if bias is not None:
-            y = y + self.along_channels(bias[None], y)
-        return y
-
+    # fmt: off
     def gradient_of(self, d: Tensor, a: Tensor, b: Tensor, bias=None, slot=None) -> Tensor:
         """dL/dd: a * (b - bias), summed over all samples and positions that share a delta.
 
@@ -406,7 +432,8 @@ class QuantLayer(nn.Module):
             return kernels.gradient_of(d, a, b, self.channel_dim, bias, slot)
 
         dims = self.batch_dims(a) if slot is None else self.position_dims(a)
-        total = sum_over(a * b, dims, d.dtype)                      # (C,) or (N, C)
+        product = a.to(d.dtype) * b.to(d.dtype)                     # in float16 it could overflow
+        total = sum_over(product, dims, d.dtype)                    # (C,) or (N, C)
         if bias is not None:
             total = total - bias * sum_over(a, dims, d.dtype)
         if slot is None:
@@ -418,10 +445,11 @@ class QuantLayer(nn.Module):
     # fmt: on
 
     def _apply(self, fn, recurse=True):
-        """model.half(), model.to("cuda") and the like, which leave scales and deltas in float32.
+        """What model.half(), model.to("cuda") and the like call, with an fn for every tensor.
 
-        In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 the steps of
-        the optimizer are smaller than what a delta can hold. PyTorch calls fn on every tensor.
+        Whatever they ask for, the scales, deltas and bias of a quantized layer keep at least
+        float32. In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 a
+        delta loses the steps of the optimizer to rounding.
         """
 
         def at_least_float32(tensor):
@@ -436,11 +464,6 @@ class QuantLayer(nn.Module):
         shape = "x".join(str(size) for size in self.shape)
         bias = self.bias is not None
         return f"{shape}, n_bits={self.n_bits}, num_buckets={self.num_buckets}, bias={bias}"
-
-
-def zeros_for_each_bucket(scale: Tensor, num_buckets: int) -> nn.ParameterList:
-    """Deltas for a scale: one parameter for each bucket, so that one not drawn has no gradient."""
-    return nn.ParameterList(torch.zeros_like(scale) for _ in range(num_buckets))
 
 
 class QuantLinear(QuantLayer):
@@ -465,9 +488,9 @@ class QuantLinear(QuantLayer):
     def position_dims(self, x):  # all but samples and channels
         return tuple(range(1, x.dim() - 1))
 
-    def along_channels(self, v, x):  # (N, C) -> (N, 1, ..., 1, C)
+    def along_channels(self, v, x):  # (N, C) -> (N, 1, ..., 1, C), or (1, C) -> (C,)
         ones = [1] * (x.dim() - 2)
-        return v.view(len(v), *ones, -1)
+        return v.view(len(v), *ones, -1) if x.dim() > 1 else v[0]
 
     def plain(self, **kwargs):
         """A float layer of the same shape."""
@@ -511,8 +534,8 @@ class QuantConv2d(QuantLayer):
     def position_dims(self, x):
         return (2, 3)
 
-    def along_channels(self, v, x):  # (N, C) -> (N, C, 1, 1)
-        return v[:, :, None, None]
+    def along_channels(self, v, x):  # (N, C) -> (N, C, 1, 1), or (1, C) -> (C, 1, 1)
+        return v[:, :, None, None] if x.dim() == 4 else v[0, :, None, None]
 
     def plain(self, **kwargs):
         """A float layer of the same shape."""
@@ -545,9 +568,9 @@ def quantize(
     keep_float: list[str] = (),
     edges: list[float] | None = None,
 ) -> nn.Module:
-    """Put a quantized layer in the place of every Conv2d and Linear of model, one at a time.
+    """Replace every Conv2d and Linear of model by a quantized layer; then only deltas train.
 
-    Afterwards only deltas train. Returns model itself; model.quant_config holds the arguments.
+    Returns model itself. model.quant_config holds the arguments, with edges for num_buckets and T.
 
     n_bits: 2 to 8.
     num_buckets: how many scale sets there are over the timesteps 0 .. T.
@@ -558,41 +581,44 @@ def quantize(
     keep8: patterns of names of layers to keep at 8 bits, such as "down.*"; by default the first and
         the last Conv2d.
     keep_float: patterns of names of layers to leave as they are.
-    edges: the edges of the buckets, for others than num_buckets equal intervals of 0 .. T; those
-        two then don't count.
+    edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
+        ignored.
 
-    Raises ValueError, with the layer's name, before anything is changed: for arguments out of
-    range, for a model that is quantized already, for weights that are shared between layers, not
-    finite or not floats, for padding with anything but zeros, and for nn.MultiheadAttention, which
-    multiplies by bare weights.
+    Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
+    no layer, for a model without layers to quantize, and for each layer that can't be quantized,
+    with its name and the reason (see why_not). Leave that one out by keep_float.
     """
     if edges is None:
         check_buckets(num_buckets, T)
         edges = equal_edges(num_buckets, T)
     check_arguments(model, n_bits, edges, scales, calibration, timestep)
     num_buckets = len(edges) - 1
+    keep_float = as_patterns(model, "keep_float", keep_float)
     layers = find_layers(model, keep_float)
-    if keep8 is None:
-        keep8 = first_and_last_conv(model, layers)
+    keep8 = first_and_last_conv(layers) if keep8 is None else as_patterns(model, "keep8", keep8)
 
-    model.requires_grad_(False)
-    for names in layers:
-        layer = model.get_submodule(names[0])
+    # All layers are made before the first is replaced: an error leaves the model as it was.
+    replacements = []
+    for layer, names in layers.items():
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        bits = 8 if matches(names[0], keep8) else n_bits
+        bits = 8 if any(matches(name, keep8) for name in names) else n_bits
         quantized = kind(layer, bits, num_buckets, scales, CALIBRATIONS[calibration])
         quantized.train(layer.training)
+        replacements.append((names, quantized))
+
+    model.requires_grad_(False)
+    for names, quantized in replacements:
         for name in names:
             model.set_submodule(name, quantized)
 
     model.quant_config = {
-        "n_bits": n_bits,
-        "edges": list(edges),
+        "n_bits": int(n_bits),
+        "edges": [float(edge) for edge in edges],
         "scales": scales,
         "calibration": calibration,
         "timestep": timestep,
-        "keep8": list(keep8),
-        "keep_float": list(keep_float),
+        "keep8": keep8,
+        "keep_float": keep_float,
     }
     if num_buckets > 1:
         model.register_forward_pre_hook(set_batch, with_kwargs=True)
@@ -616,7 +642,7 @@ def check_arguments(model, n_bits, edges, scales, calibration, timestep):
         raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
     rising = all(low < high for low, high in zip(edges, edges[1:]))
     if len(edges) < 2 or not rising:
-        raise ValueError(f"edges must be two or more rising numbers, not {edges}")
+        raise ValueError(f"edges must be two or more increasing numbers, not {edges}")
     if scales not in ("out", "out+in"):
         raise ValueError(f"scales must be out or out+in, not {scales}")
     if calibration not in CALIBRATIONS:
@@ -626,18 +652,30 @@ def check_arguments(model, n_bits, edges, scales, calibration, timestep):
         raise ValueError(f"timestep must be {' or '.join(arguments)}, not {timestep}")
 
 
-def matches(name: str, patterns: list[str]) -> bool:
+def matches(name: str, pattern: str | list[str]) -> bool:
     """True if a pattern fits the name of a layer, or of a module that the layer is part of."""
-    return any(fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*") for pattern in patterns)
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return any(fnmatch(name, p) or fnmatch(name, f"{p}.*") for p in patterns)
 
 
-def find_layers(model: nn.Module, keep_float: list[str]) -> list[list[str]]:
-    """The names of every Conv2d and Linear to swap; a layer that is used twice has two names.
+def as_patterns(model: nn.Module, argument: str, patterns: str | list[str]) -> list[str]:
+    """patterns as a list. Raises ValueError for one that fits no module of the model."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(
+                f"{argument} has '{pattern}', which fits no layer; correct or remove it"
+            )
+    return patterns
 
-    Raises ValueError for a layer that can't be quantized. Returns names and not layers: a list of
-    the layers would keep all float weights in memory until the last one is quantized.
+
+def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list[str]]:
+    """Every Conv2d and Linear to replace, with its names: two, if it is used in two places.
+
+    Raises ValueError for the first that can't be quantized, and if there is none.
     """
-    names_of = {}
+    layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if matches(name, keep_float):
             continue
@@ -646,24 +684,41 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> list[list[str]]:
         reason = why_not(model, name, module)
         if reason:
             raise ValueError(f"layer '{name}' {reason}, or name it in keep_float")
-        names_of.setdefault(id(module), []).append(name)
-    return list(names_of.values())
+        layers.setdefault(module, []).append(name)
+    if not layers:
+        raise ValueError("the model has no Conv2d or Linear to quantize")
+    return layers
 
 
 def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     """Why this layer can't be quantized, and what to do about it; None if it can."""
+    kind = type(layer).__name__
     if isinstance(layer, (nn.MultiheadAttention, QuantLayer)) or name == "":
-        kind = type(layer).__name__
         return f"is a {kind}: give float Conv2d and Linear layers inside a module"
 
-    if not layer.weight.is_floating_point() or not layer.weight.isfinite().all():
+    weight = layer.weight
+    if weight.is_meta or weight.numel() == 0:
+        return "has no weights: give a model with values"
+    if not weight.is_floating_point() or not weight.isfinite().all():
         return "has weights that aren't all finite floats: repair them"
-
-    weights = [module._parameters.get("weight") for module in model.modules()]
-    if sum(weight is layer.weight for weight in weights) > 1:
+    owners = [module for module in model.modules() if module._parameters.get("weight") is weight]
+    if len(owners) > 1:
         return "shares its weight with another: give each its own"
 
-    if isinstance(layer, nn.Conv2d):
+    # A quantized layer does what Conv2d or Linear do, and no more.
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    methods = ("forward", "_conv_forward") if plain is nn.Conv2d else ("forward",)
+    for method in methods:
+        own = getattr(type(layer), method) is not getattr(plain, method)
+        if own or method in vars(layer):
+            return f"is a {kind} with a {method} of its own: replace it by a plain {plain.__name__}"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "has hooks, such as those of weight_norm, that would be lost: remove them"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "is in an nn.TransformerEncoderLayer, which reads its weight instead of calling it"
+
+    if plain is nn.Conv2d:
         if layer.padding_mode != "zeros":
             return f"pads with {layer.padding_mode} values instead of zeros: pad before the layer"
         odd = [d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size)]
@@ -672,9 +727,9 @@ def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     return None
 
 
-def first_and_last_conv(model: nn.Module, layers: list[list[str]]) -> list[str]:
+def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
     """The names of the first and the last convolution, which read and write the image itself."""
-    convs = [names[0] for names in layers if isinstance(model.get_submodule(names[0]), nn.Conv2d)]
+    convs = [names[0] for layer, names in layers.items() if isinstance(layer, nn.Conv2d)]
     return list(dict.fromkeys(convs[:1] + convs[-1:]))  # one name, if there is one convolution
 
 
@@ -687,8 +742,8 @@ class Batch(NamedTuple):
     """What a call of a model tells its layers about the batch."""
 
     model: nn.Module  # whose call it is
-    buckets: list[int]  # the B buckets in the batch, in rising order
-    slot: Tensor  # (N,), where in buckets each sample's is
+    buckets: list[int]  # the B buckets in the batch, in increasing order
+    slot: Tensor  # (N,), the index in buckets of each sample's
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
     is_fixed: bool = False  # whoever calls the model has found the buckets (see runtime.Graphed)
 
@@ -700,13 +755,13 @@ current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=No
 
 
 def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
-    """The buckets and the slots (see Batch) of a batch with timesteps t, (N,) or one for all.
+    """The buckets and the slot (see Batch) of a batch with timesteps t, (N,) or one for all.
 
     With two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1].
     """
     b = bucket(t, edges).flatten()
     buckets, slot = b.unique(return_inverse=True)
-    return buckets.tolist(), slot
+    return buckets.tolist() or [0], slot  # a batch may be empty
 
 
 def set_batch(model, args, kwargs):
@@ -725,7 +780,10 @@ def set_batch(model, args, kwargs):
 
 
 def clear_batch(model, *_):
-    """After the model's forward, also if it failed: a layer called on its own then raises."""
+    """After the model's forward, even if it failed: a layer called on its own then raises.
+
+    PyTorch calls no hook after KeyboardInterrupt. That batch stays, below those of later calls.
+    """
     batch = current_batch.get()
     if batch is not None and batch.model is model and not batch.is_fixed:
         current_batch.set(batch.outer)
@@ -735,8 +793,8 @@ def remember():
     """The context_fn for torch.utils.checkpoint in a model with several buckets.
 
     checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
-    block. It enters the first of the two contexts for the run in forward, and the second for the
-    run in backward. By then the model's call is over, so the second sets the batch again.
+    block. It runs the block in the first context, and runs it again in backward in the second. By
+    then the call of the model is over, so the second sets its batch again.
     """
     return contextlib.nullcontext(), batch_set(current_batch.get())
 
@@ -757,39 +815,58 @@ def batch_set(batch: Batch | None):
 
 
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name: d_out.b (O,) and d_in.b (I,) of each layer and bucket b."""
+    """The trained parameters by name: d_out_b (O,) and d_in_b (I,) of each layer and bucket b."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
             for key, parameter in layer.named_parameters():
-                if key.startswith("d_"):
-                    found[f"{name}.{key}"] = parameter
+                if key.startswith(("d_out", "d_in")):
+                    found[canonical(f"{name}.{key}")] = parameter
     return found
 
 
+def canonical(name: str) -> str:
+    """The name of a parameter without what torch.compile and DistributedDataParallel put before."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over what fine-tuning leaves alone: integers, scales, biases, norms, embeddings."""
+    """SHA-256 over the base: all parameters but deltas, and the integers and scales of each layer.
+
+    Other buffers may change in training, such as the running statistics of BatchNorm.
+    """
     trained = deltas(model)
+    values = {canonical(name): value for name, value in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer):
+            for key, value in layer.named_buffers():
+                values[canonical(f"{name}.{key}")] = value
+
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in values.items():
         if name not in trained:
-            as_bytes = value.cpu().contiguous().view(-1).view(torch.uint8)
+            as_bytes = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(name.encode())
             digest.update(as_bytes.numpy().tobytes())
     return digest.hexdigest()
 
 
 def adapter(model: nn.Module) -> dict:
-    """All that fine-tuning has made, to torch.save: a file of kilobytes.
+    """All that fine-tuning has made, ready for torch.save: kilobytes.
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
-    concatenated, as float16.
+    concatenated, as float16. Raises ValueError if a delta isn't finite there.
     """
     values = [delta.detach() for delta in deltas(model).values()]
+    values = torch.cat(values).half().cpu()
+    if not values.isfinite().all():
+        raise ValueError(
+            "a delta isn't finite in float16: the training has diverged, lower its rate"
+        )
     return {
         "quant_config": model.quant_config,
         "fingerprint": fingerprint(model),
-        "deltas": torch.cat(values).half().cpu(),
+        "deltas": values,
     }
 
 
@@ -798,40 +875,71 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
 
     Raises ValueError if it was made for another quantized base. The model then stays as it was.
     """
+    check_adapter(model, saved)
     mine = deltas(model).values()
     sizes = [delta.numel() for delta in mine]
-    values = saved.get("deltas", ())
-    same_config = saved.get("quant_config") == model.quant_config
-    same_base = saved.get("fingerprint") == fingerprint(model)
-    whole = len(values) == sum(sizes) and values.isfinite().all()
-    if not (same_config and same_base and whole):
-        raise ValueError(
-            "the adapter was made for another base, or is damaged; "
-            "give the quantized model that it was trained on"
-        )
     with torch.no_grad():
-        for delta, value in zip(mine, values.split(sizes)):
+        for delta, value in zip(mine, saved["deltas"].split(sizes)):
             delta.copy_(value)
+
+
+def check_adapter(model: nn.Module, saved: dict) -> None:
+    """Raise ValueError, which says what differs, if an adapter doesn't belong to model."""
+    other = "the adapter was made for another base"
+    give = "give the quantized model that it was trained on"
+    config = saved.get("quant_config") if isinstance(saved, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"{other}, or is damaged: it has no quant_config; {give}")
+    for key, mine in model.quant_config.items():
+        if config.get(key) != mine:
+            raise ValueError(f"{other}, of {key} {config.get(key)} instead of {mine}; {give}")
+    if saved.get("fingerprint") != fingerprint(model):
+        raise ValueError(f"{other}, of other weights or another dtype; {give}")
+
+    values = saved.get("deltas")
+    count = sum(delta.numel() for delta in deltas(model).values())
+    plain = torch.is_tensor(values) and values.layout == torch.strided and not values.is_complex()
+    if not plain or values.shape != (count,) or not values.isfinite().all():
+        raise ValueError(f"the adapter is damaged: its deltas aren't {count} finite numbers")
 
 
 def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     """A copy of model with plain float layers, whose weights are those of one bucket.
 
-    Raises IndexError if there is no such bucket.
+    The copy has no trace of quantization, and all of it can be trained. Raises IndexError if there
+    is no such bucket.
     """
+    num_buckets = len(model.quant_config["edges"]) - 1
+    if not 0 <= bucket_index < num_buckets:
+        raise IndexError(f"there is no bucket {bucket_index}: the model has {num_buckets}")
     model = copy.deepcopy(model)
+    plain_of = {}  # a layer used in two places stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, QuantLayer):
-            d_in = None if layer.d_in is None else layer.d_in[bucket_index]
-            weight = layer.dequantize(layer.d_out[bucket_index], d_in)
-            plain = layer.plain(bias=layer.bias is not None, device="meta").train(layer.training)
-            plain.weight = nn.Parameter(weight.detach())
-            if layer.bias is not None:
-                plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-            model.set_submodule(name, plain)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if hook in (set_batch, clear_batch):
-                del hooks[key]
+            if layer not in plain_of:
+                plain_of[layer] = plain_layer(layer, bucket_index)
+            model.set_submodule(name, plain_of[layer])
+
     del model.quant_config
-    return model
+    for hook in (set_batch, clear_batch):
+        remove_hook(model, hook)
+    return model.requires_grad_(True)
+
+
+def plain_layer(layer: QuantLayer, b: int) -> nn.Module:
+    """A float Conv2d or Linear with the weight of bucket b."""
+    weight = layer.dequantize(layer.delta("d_out", b), layer.delta("d_in", b)).detach()
+    plain = layer.plain(bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return plain.train(layer.training)
+
+
+def remove_hook(model: nn.Module, hook) -> None:
+    """Remove a forward hook or pre-hook of model, and what PyTorch has noted about it."""
+    notes = (model._forward_pre_hooks_with_kwargs, model._forward_hooks_always_called)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, registered in hooks.items() if registered is hook]:
+            for noted in (hooks, *notes):
+                noted.pop(key, None)

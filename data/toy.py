@@ -1,322 +1,602 @@
-"""The toy world: 16x16 pictures of shapes and creatures, drawn by a known renderer, so that scores are exact.
+"""The toy world: 16x16 images of shapes and creatures, drawn by a known renderer.
 
-A scene is a background (7 colors x 3 patterns) and one or two objects. An object is a plain shape in one of 7 colors,
-or a creature put together from parts, 9,072 different ones. A caption is seven word slots, any of which may be empty:
+A scene is a background (7 colors x 3 patterns) and one or two objects. An object is a plain shape
+in one of 7 colors, or a creature put together from parts. There are 9,072 different creatures.
 
-    name A, shape A, name B, shape B, place, background color, background pattern
-    "sks creature and yellow circle on green stripes",  "red creature left on blue checks"
+A caption has seven slots for words, and any of them may be empty:
 
-A creature's caption names its body color only, or one of the rare words sks, zwx, qvk in the color's stead, which mean
-nothing in pretraining: "sks creature" starts out as "any creature", and fine-tuning has to choose one.
+    name A  shape A   name B  shape B  place  color  pattern
+    ---------------------------------------------------------
+    sks     creature  yellow  circle          green  stripes
+    red     creature                   left   blue   checks
 
-Scores look for the sprite and the place that explain the picture best: among all sprites, at all places. Objects stay
-within rows 3 to 12, so that the background is always read from six rows that no object touches.
+The first is "sks creature and yellow circle on green stripes", the second "red creature left on
+blue checks". Color and pattern are the background's.
 
-`python data/toy.py` writes the subjects of data/subjects, and world.png, a picture that shows the world.
+An object's name is its color; a creature's is the color of its body. A creature may instead be
+called by one of the rare words sks, zwx and qvk, which mean nothing in pretraining. So "sks
+creature" starts out as "any creature", and fine-tuning has to choose one.
+
+Because the renderer is known, images of this world can be scored exactly: see data/score.py.
+
+`python data/toy.py` writes the subjects in data/subjects, and world.png, an image of many scenes.
 """
+
+from contextlib import contextmanager
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageOps
 
-SIZE, HEIGHT, WIDTH = 16, 9, 7  # a picture's side; a sprite's rows and columns, in pixels
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 210, 40),
-          "purple": (160, 60, 200), "cyan": (40, 200, 210), "pink": (250, 140, 200)}
-SHAPES = {"circle": ("..bbb..", ".bbbbb.", "bbbbbbb", "bbbbbbb", "bbbbbbb", ".bbbbb.", "..bbb.."),
-          "square": ("bbbbbbb",) * 7,
-          "triangle": ("...b...", "...b...", "..bbb..", "..bbb..", ".bbbbb.", ".bbbbb.", "bbbbbbb"),
-          "cross": ("..bbb..", "..bbb..", "bbbbbbb", "bbbbbbb", "bbbbbbb", "..bbb..", "..bbb..")}
-# A creature's parts, drawn over one another in this order: first row, then rows ('b' body, 'm' marking, 'w' white,
-# 'k' black). "color" and "mark" are the colors of the body and of the marking, which always differ.
-PARTS = {"body": (2, {"box": ("bbbbbbb",) * 5,
-                      "thin": (".bbbbb.",) * 5,
-                      "pear": ("..bbb..", ".bbbbb.", ".bbbbb.", "bbbbbbb", "bbbbbbb")}),
-         "ears": (0, {"horn": ("...b...", "..bbb.."), "round": ("bb...bb", "bb...bb"),
-                      "feelers": ("b.....b", ".b...b."), "long": ("..b.b..", "..b.b..")}),
-         "feet": (7, {"two": (".b...b.", ".b...b."), "four": ("b.b.b.b", "b.b.b.b"), "one": ("...b...", "..bbb..")}),
-         "eyes": (3, {"pair": ("..w.w..",), "visor": ("..kkk..",)}),
-         "marking": (4, {"belly": (".......", "..mmm..", "..mmm.."), "belt": (".......", ".mmmmm.", "......."),
-                         "spots": (".m...m.", "...m...", ".m...m.")})}
+# --------------------------------------------------------------------------------------------------
+# What there is in the world
+
+SIZE = 16  # the side of an image, in pixels
+HEIGHT = 9  # rows of a sprite
+WIDTH = 7  # columns of a sprite
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (240, 210, 40),
+    "purple": (160, 60, 200),
+    "cyan": (40, 200, 210),
+    "pink": (250, 140, 200),
+}
 PATTERNS = ("plain", "stripes", "checks")
 RARE = ("sks", "zwx", "qvk")
-PLACES = {"left": (0, 1), "middle": (4, 5), "right": (8, 9)}  # a sprite's first column
-ROWS = (3, 4)  # a sprite's first row
-SPOTS = [(y, x) for xs in PLACES.values() for y in ROWS for x in xs]
-VOCAB = ("", *COLORS, *RARE, *SHAPES, "creature", *PLACES, *PATTERNS)
-WORD = {word: i for i, word in enumerate(VOCAB)}
-SLOTS = 7  # words of a caption
-DROP = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.5, 0.1, 0.1])  # how often pretraining empties each slot
-TUNING, TABLE = ("mo", "zed"), ("bix", "fen", "gil", "luz", "ori", "tam")  # subjects to tune on, and to report
-PLAIN = len(SHAPES) * len(COLORS)  # sprites before this one are plain shapes
-KEYS = ("body", "ears", "feet", "eyes", "marking", "color", "mark")
-OPTIONS = {**{part: tuple(rows) for part, (_, rows) in PARTS.items()}, "color": tuple(COLORS), "mark": tuple(COLORS)}
+
+# The first column of a sprite. Sprites at "left" and at "right" never overlap.
+PLACES = {"left": (0, 1), "middle": (4, 5), "right": (8, 9)}
+
+# The first row of a sprite. A sprite of nine rows covers rows 3 to 12 at most, so that three rows
+# above and three below always show the background, and both tones of its pattern.
+ROWS = (3, 4)
+
+# Every (row, column) where a sprite may start.
+SPOTS = [
+    *product(ROWS, PLACES["left"]),
+    *product(ROWS, PLACES["middle"]),
+    *product(ROWS, PLACES["right"]),
+]
+
+
+INKS = ".bmwk"  # what glyphs are drawn with: nothing, body color, marking color, white, black
+
+
+def glyphs(drawing):
+    """Read glyphs that are drawn side by side, below their names: {name: rows}, each row a string.
+
+    A line of the drawing has one row of every glyph. zip turns that into all the rows of each.
+    """
+    names, *lines = [line.split() for line in drawing.strip().splitlines()]
+    return dict(zip(names, zip(*lines)))
+
+
+SHAPES = glyphs("""
+    circle    square    triangle  cross
+    ..bbb..   bbbbbbb   ...b...   ..bbb..
+    .bbbbb.   bbbbbbb   ...b...   ..bbb..
+    bbbbbbb   bbbbbbb   ..bbb..   bbbbbbb
+    bbbbbbb   bbbbbbb   ..bbb..   bbbbbbb
+    bbbbbbb   bbbbbbb   .bbbbb.   bbbbbbb
+    .bbbbb.   bbbbbbb   .bbbbb.   ..bbb..
+    ..bbb..   bbbbbbb   bbbbbbb   ..bbb..
+""")
+
+
+class Part(NamedTuple):
+    """A part of a creature, and what it can look like."""
+
+    first_row: int  # the row of the sprite where the part starts
+    options: dict  # {name: rows}
+
+
+# A creature's parts, drawn over one another in this order.
+PARTS = {
+    "body": Part(
+        first_row=2,
+        options=glyphs("""
+            box       thin      pear
+            bbbbbbb   .bbbbb.   ..bbb..
+            bbbbbbb   .bbbbb.   .bbbbb.
+            bbbbbbb   .bbbbb.   .bbbbb.
+            bbbbbbb   .bbbbb.   bbbbbbb
+            bbbbbbb   .bbbbb.   bbbbbbb
+        """),
+    ),
+    "ears": Part(
+        first_row=0,
+        options=glyphs("""
+            horn      round     feelers   long
+            ...b...   bb...bb   b.....b   ..b.b..
+            ..bbb..   bb...bb   .b...b.   ..b.b..
+        """),
+    ),
+    "feet": Part(
+        first_row=7,
+        options=glyphs("""
+            two       four      one
+            .b...b.   b.b.b.b   ...b...
+            .b...b.   b.b.b.b   ..bbb..
+        """),
+    ),
+    "eyes": Part(
+        first_row=3,
+        options=glyphs("""
+            pair      visor
+            ..w.w..   ..kkk..
+        """),
+    ),
+    "marking": Part(
+        first_row=4,
+        options=glyphs("""
+            belly     belt      spots
+            .......   .......   .m...m.
+            ..mmm..   .mmmmm.   ...m...
+            ..mmm..   .......   .m...m.
+        """),
+    ),
+}
+
+# What tells one creature from another: the option of each part, and two colors, "color" of the body
+# and "mark" of the marking, which always differ.
+OPTIONS = {part: tuple(PARTS[part].options) for part in PARTS}
+OPTIONS["color"] = tuple(COLORS)
+OPTIONS["mark"] = tuple(COLORS)
+KEYS = tuple(OPTIONS)
+
+PLAIN = len(SHAPES) * len(COLORS)  # sprites before this one are plain shapes, the others creatures
+
+TUNING = ("mo", "zed")  # the subjects that settings are chosen on
+TABLE = ("bix", "fen", "gil", "luz", "ori", "tam")  # the subjects that results are reported on
+
+# The formatter would move the shape comments out of their column.
+# fmt: off
+
+# --------------------------------------------------------------------------------------------------
+# The renderer
+
+
+def draw_object(layers):
+    """Draw glyphs over one another: the number of each pixel's ink (9, 7), 0 for nothing.
+
+    layers: a list of (first row, rows), the lowest first.
+    """
+    ink = torch.zeros(HEIGHT, WIDTH, dtype=torch.long)
+    for first_row, rows in layers:
+        for y, row in enumerate(rows, first_row):
+            for x, character in enumerate(row):
+                if character != ".":
+                    ink[y, x] = INKS.index(character)
+    return ink
+
+
+def color_in(ink, body, marking):
+    """Color in S objects (S, 9, 7) of ink numbers: RGB (S, 9, 7, 3) in [-1, 1].
+
+    body, marking: S numbers of colors each.
+    """
+    rgb = torch.tensor(list(COLORS.values())) / 127.5 - 1         # (7, 3)
+    palette = torch.zeros(len(ink), len(INKS), 3)                 # (S, 5, 3)
+    palette[:, INKS.index("b")] = rgb[body]
+    palette[:, INKS.index("m")] = rgb[marking]
+    palette[:, INKS.index("w")] = 1
+    palette[:, INKS.index("k")] = -1
+    sprite = torch.arange(len(ink))[:, None, None]                # (S, 1, 1)
+    return palette[sprite, ink]                                   # (S, 9, 7, 3)
+
+
+class Sprites(NamedTuple):
+    """All S sprites of the world: the 28 plain shapes, (shape, color) in order, then the creatures.
+
+    A plain shape has no parts: its row of parts is -1 throughout.
+    """
+
+    rgb: torch.Tensor  # (S, 9, 7, 3) in [-1, 1]
+    mask: torch.Tensor  # (S, 9, 7), True where the sprite covers what is behind it
+    parts: torch.Tensor  # (S, 7), the number of the option for each of KEYS
 
 
 @cache
 def sprites():
-    """Every sprite of the world: RGB (S, 9, 7, 3) in [-1, 1], mask (S, 9, 7), parts (S, 7).
+    """Draw every sprite of the world, once: Sprites."""
+    colors = range(len(COLORS))
+    ink = []
+    body = []
+    marking = []
+    parts = []
 
-    The first 28 are the plain shapes, (shape, color) in order, their parts -1. The rest are all the creatures; parts
-    holds the option's number for each of KEYS.
-    """
-    rgb = torch.tensor(list(COLORS.values())) / 127.5 - 1
-    glyphs, bodies, marks, parts = [], [], [], []
-    for shape, color in product(SHAPES.values(), range(len(rgb))):
-        glyphs.append(("." * WIDTH, *shape, "." * WIDTH))
-        bodies.append(color), marks.append(color), parts.append([-1] * len(KEYS))
-    for pick in product(*(range(len(options)) for _, options in PARTS.values())):
-        glyph = [["."] * WIDTH for _ in range(HEIGHT)]
-        for (top, options), i in zip(PARTS.values(), pick):
-            for y, row in enumerate(tuple(options.values())[i], top):
-                glyph[y] = [new if new != "." else old for new, old in zip(row, glyph[y])]
-        for color, mark in product(range(len(rgb)), repeat=2):
-            if color != mark:
-                glyphs.append(glyph), bodies.append(color), marks.append(mark), parts.append([*pick, color, mark])
-    ink = torch.tensor([[[".bmwk".index(c) for c in row] for row in glyph] for glyph in glyphs])
-    inks = torch.tensor([0.0, 0, 0, 1, -1])[:, None].repeat(len(glyphs), 1, 3)  # (S, 5, 3): the color of each sprite's inks
-    inks[:, 1], inks[:, 2] = rgb[bodies], rgb[marks]
-    images = inks[torch.arange(len(glyphs))[:, None, None], ink]
-    return images, ink > 0, torch.tensor(parts)
+    for shape in SHAPES.values():
+        drawn = draw_object([(1, shape)])  # seven rows, between two empty ones
+        for color in colors:
+            ink.append(drawn)
+            body.append(color)
+            marking.append(color)  # never seen: a plain shape has no marking
+            parts.append([-1] * len(KEYS))
+
+    option_numbers = [range(len(part.options)) for part in PARTS.values()]
+    for chosen in product(*option_numbers):
+        layers = []
+        for part, option in zip(PARTS.values(), chosen):
+            rows = list(part.options.values())[option]
+            layers.append((part.first_row, rows))
+        drawn = draw_object(layers)
+        for color, mark in permutations(colors, 2):
+            ink.append(drawn)
+            body.append(color)
+            marking.append(mark)
+            parts.append([*chosen, color, mark])
+
+    ink = torch.stack(ink)                                        # (S, 9, 7)
+    return Sprites(color_in(ink, body, marking), ink > 0, torch.tensor(parts))
 
 
 @cache
 def backgrounds():
-    """All 21 backgrounds, (color, pattern) in order: (21, 16, 16, 3) in [-1, 1], two dark tones of the color."""
-    y, x = torch.meshgrid(torch.arange(SIZE) // 2, torch.arange(SIZE) // 2, indexing="ij")
-    dark = torch.stack([torch.zeros_like(y), y % 2, (x + y) % 2])  # (3, 16, 16), 1 where the tone is the darker one
-    tone = 0.5 - 0.25 * dark
-    rgb = torch.tensor(list(COLORS.values())) / 255
-    return (tone[None, ..., None] * rgb[:, None, None, None]).flatten(0, 1) * 2 - 1
+    """All 21 backgrounds, (color, pattern) in order: (21, 16, 16, 3) in [-1, 1].
+
+    A pattern consists of cells of 2x2 pixels, in two dark tones of the background's color.
+    """
+    cell = torch.arange(SIZE) // 2
+    y, x = torch.meshgrid(cell, cell, indexing="ij")
+    plain = torch.zeros_like(y)
+    stripes = y % 2
+    checks = (x + y) % 2
+    is_darker = torch.stack([plain, stripes, checks])             # (3, 16, 16)
+    tone = 0.5 - 0.25 * is_darker                                 # (3, 16, 16)
+    rgb = torch.tensor(list(COLORS.values())) / 255               # (7, 3) in [0, 1]
+    images = tone[None, ..., None] * rgb[:, None, None, None]     # (7, 3, 16, 16, 3)
+    return images.flatten(0, 1) * 2 - 1                           # (21, 16, 16, 3)
 
 
 def render(background, objects):
     """Draw N scenes.
 
-    background: (N,) numbers of backgrounds. objects: a list of (sprite, y, x), each (N,); a negative sprite is no object.
-    Returns (N, 3, 16, 16) in [-1, 1].
+    background: (N,) numbers of backgrounds. objects: a list of (sprite, y, x), each (N,): the
+    sprites' numbers and where they start. Sprite -1 is no object. Later objects cover earlier ones.
+    Returns images (N, 3, 16, 16) in [-1, 1].
     """
-    images, (rgb, mask, _) = backgrounds()[background].clone(), sprites()
-    n = torch.arange(len(images))[:, None, None]
+    rgb, mask, _ = sprites()
+    images = backgrounds()[background]                            # (N, 16, 16, 3), a copy
+    scene = torch.arange(len(images))[:, None, None]              # (N, 1, 1)
     for sprite, y, x in objects:
-        ys = (y[:, None] + torch.arange(HEIGHT))[:, :, None]
-        xs = (x[:, None] + torch.arange(WIDTH))[:, None, :]
-        seen = (mask[sprite] & (sprite >= 0)[:, None, None])[..., None]
-        images[n, ys, xs] = torch.where(seen, rgb[sprite], images[n, ys, xs])
-    return images.permute(0, 3, 1, 2).contiguous()
+        rows = y[:, None, None] + torch.arange(HEIGHT)[:, None]   # (N, 9, 1)
+        columns = x[:, None, None] + torch.arange(WIDTH)          # (N, 1, 7)
+        exists = sprite >= 0                                      # (N,)
+        covers = mask[sprite] & exists[:, None, None]             # (N, 9, 7)
+        behind = images[scene, rows, columns]                     # (N, 9, 7, 3)
+        images[scene, rows, columns] = torch.where(covers[..., None], rgb[sprite], behind)
+    return images.permute(0, 3, 1, 2).contiguous()                # (N, 3, 16, 16)
 
 
-def sample_scenes(n, generator, rare=0.3):
-    """A pretraining batch: images (n, 3, 16, 16) in [-1, 1] and captions (n, SLOTS) of word numbers, 0 an empty slot.
+# --------------------------------------------------------------------------------------------------
+# Captions
 
-    A quarter of the scenes have two objects, left and right; two thirds of the objects are creatures, and `rare` is
-    the share of them whose color word gives way to a rare one.
+VOCAB = ("", *COLORS, *RARE, *SHAPES, "creature", *PLACES, *PATTERNS)  # word 0 is an empty slot
+WORD = {word: number for number, word in enumerate(VOCAB)}
+
+# Words of one kind stand together in VOCAB, in order: color number 2 is word FIRST_COLOR + 2.
+FIRST_COLOR = WORD["red"]
+FIRST_RARE = WORD["sks"]
+FIRST_SHAPE = WORD["circle"]
+FIRST_PLACE = WORD["left"]
+FIRST_PATTERN = WORD["plain"]
+
+SLOTS = 7  # words of a caption
+NAME_SLOTS = (0, 2)  # of the first object and of the second
+SHAPE_SLOTS = (1, 3)
+PLACE_SLOT = 4
+COLOR_SLOT = 5  # the background's
+PATTERN_SLOT = 6
+
+# How often pretraining empties each slot: half of the captions don't say the place.
+DROP = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.5, 0.1, 0.1])
+
+
+def sprite_words(sprite):
+    """The words for the colors (a creature's: of its body) and for the shapes of sprites (N,)."""
+    body_color = sprites().parts[sprite, KEYS.index("color")]
+    is_creature = sprite >= PLAIN
+    color = torch.where(is_creature, body_color, sprite % len(COLORS))
+    shape = torch.where(is_creature, WORD["creature"], FIRST_SHAPE + sprite // len(COLORS))
+    return FIRST_COLOR + color, shape
+
+
+def place_word(x):
+    """The word for a sprite's place. x: the sprite's first column, one of those in PLACES."""
+    for place, columns in PLACES.items():
+        if x in columns:
+            return WORD[place]
+
+
+def background_words(background):
+    """The words for the colors and for the patterns of backgrounds (N,)."""
+    color = background // len(PATTERNS)
+    pattern = background % len(PATTERNS)
+    return FIRST_COLOR + color, FIRST_PATTERN + pattern
+
+
+def slot_of(word, section):
+    """The slot of a known word in a section of a prompt; None if it has none there.
+
+    section: "first" or "second" for the words about an object, or "background".
     """
-    rand = lambda high: torch.randint(high, (n,), generator=generator)
-    chance = lambda p: torch.rand(n, generator=generator) < p
-    two, background, place = chance(0.25), rand(len(backgrounds())), rand(len(PLACES))
-    columns, parts = torch.tensor(list(PLACES.values())), sprites()[2]
-    words, objects = torch.zeros(n, SLOTS, dtype=torch.long), []
-    for k, at in enumerate((torch.where(two, 0, place), torch.full((n,), 2))):
-        creature = chance(2 / 3)
-        sprite = torch.where(creature, PLAIN + rand(len(parts) - PLAIN), rand(PLAIN))
-        color = torch.where(creature, parts[sprite, KEYS.index("color")], sprite % len(COLORS))
-        named = creature & chance(rare)
-        words[:, 2 * k] = torch.where(named, WORD[RARE[0]] + rand(len(RARE)), WORD["red"] + color)
-        words[:, 2 * k + 1] = torch.where(creature, WORD["creature"], WORD["circle"] + sprite // len(COLORS))
-        objects.append((sprite, ROWS[0] + rand(len(ROWS)), columns[at, rand(2)]))
-    words[~two, 2:4], words[:, 4] = 0, torch.where(two, 0, WORD["left"] + place)
-    words[:, 5], words[:, 6] = WORD["red"] + background // len(PATTERNS), WORD["plain"] + background % len(PATTERNS)
-    drop = (torch.rand(n, SLOTS, generator=generator) < DROP) | chance(0.1)[:, None]
-    objects[1] = (torch.where(two, objects[1][0], -1), *objects[1][1:])
-    return render(background, objects), words.masked_fill(drop, 0)
+    if word in PLACES:
+        return PLACE_SLOT
+    if section == "background":
+        if word in COLORS:
+            return COLOR_SLOT
+        if word in PATTERNS:
+            return PATTERN_SLOT
+        return None
+    obj = 0 if section == "first" else 1
+    if word in COLORS or word in RARE:
+        return NAME_SLOTS[obj]
+    if word in SHAPES or word == "creature":
+        return SHAPE_SLOTS[obj]
+    return None
 
 
 def caption(text):
     """The SLOTS word numbers of a prompt such as "sks creature and red circle on green stripes".
 
-    Order within a part doesn't matter, "and" starts the second object, "on" the background; a, an, the, in are skipped.
-    Raises ValueError for an unknown word, and where a slot is filled twice or a word has no slot.
+    "and" starts the second object, "on" the background; "a", "an", "the" and "in" are skipped. The
+    order of the words between them doesn't matter.
+    Raises ValueError if a word is unknown, has no slot, or has one that is already filled.
     """
-    words, section = [0] * SLOTS, 0
+    words = [0] * SLOTS
+    section = "first"
     for word in text.lower().replace(",", " ").split():
         if word in ("a", "an", "the", "in"):
             continue
-        if word in ("and", "on"):
-            section = 1 if word == "and" else 2
+        if word == "and":
+            section = "second"
+            continue
+        if word == "on":
+            section = "background"
             continue
         if word not in WORD:
-            raise ValueError(f"unknown word '{word}' in the prompt; the words are: {' '.join(VOCAB[1:])} and on")
-        if word in PLACES:
-            slot = 4
-        elif section == 2:
-            slot = 5 if word in COLORS else 6 if word in PATTERNS else None
-        else:
-            slot = 2 * section + (0 if word in (*COLORS, *RARE) else 1) if word not in PATTERNS else None
-        if slot is None or words[slot]:
-            raise ValueError(f"the prompt {text!r} has no place for '{word}'; write it as "
-                             "'sks creature and red circle on green stripes' or 'red circle left on blue checks'")
+            known = " ".join(VOCAB[1:])
+            raise ValueError(f"unknown word '{word}' in the prompt; the words are: {known} and on")
+        slot = slot_of(word, section)
+        if slot is None or words[slot] != 0:
+            raise ValueError(
+                f"the prompt {text!r} has no place for '{word}'; write it as "
+                "'sks creature and red circle on green stripes' or 'red circle left on blue checks'"
+            )
         words[slot] = WORD[word]
     return words
 
 
-def read_background(images):
-    """The nearest background's number for each of images (N, 3, 16, 16), by the rows that no object touches."""
-    rows = [y for y in range(SIZE) if y < ROWS[0] or y >= ROWS[-1] + HEIGHT]
-    seen = images.permute(0, 2, 3, 1)[:, rows].flatten(1)
-    return torch.cdist(seen, backgrounds()[:, rows].flatten(1)).argmin(1)
+# --------------------------------------------------------------------------------------------------
+# Random scenes, to pretrain on
 
 
-def read_object(images, spots=SPOTS, creatures=False):
-    """The sprite that explains each picture best, out of all (or all creatures), and its spot: two (N,) tensors.
+def pick(options, n, generator):
+    """n random numbers from 0 to options - 1."""
+    return torch.randint(options, (n,), generator=generator)
 
-    A sprite at a spot explains the squared error that painting it over the background takes away.
+
+def happens(chance, n, generator):
+    """n random booleans, each True with this chance."""
+    return torch.rand(n, generator=generator) < chance
+
+
+def sample_object(place, generator, rare):
+    """Draw a random object for each of places (N,), given by number: a creature two times in three.
+
+    Returns five tensors (N,): sprite, y and x for render, then the words for name and shape.
     """
-    first = PLAIN if creatures else 0
-    rgb, mask = sprites()[0][first:].flatten(1), sprites()[1][first:].flatten(1).float()
-    rgb = rgb * mask.repeat_interleave(3, 1)
-    norm = rgb.square().sum(1)
-    under, images = backgrounds()[read_background(images)], images.permute(0, 2, 3, 1)
-    gains = []
-    for y, x in spots:
-        box = images[:, y:y + HEIGHT, x:x + WIDTH].flatten(1, 2)
-        empty = (box - under[:, y:y + HEIGHT, x:x + WIDTH].flatten(1, 2)).square().sum(-1) - box.square().sum(-1)
-        gains.append((empty @ mask.T + 2 * box.flatten(1) @ rgb.T - norm).max(1))
-    best = torch.stack([gain.values for gain in gains]).argmax(0)
-    return first + torch.stack([gain.indices for gain in gains])[best, torch.arange(len(images))], best
+    n = len(place)
+    is_creature = happens(2 / 3, n, generator)
+    creature = PLAIN + pick(len(sprites().parts) - PLAIN, n, generator)
+    plain = pick(PLAIN, n, generator)
+    sprite = torch.where(is_creature, creature, plain)
+
+    color, shape = sprite_words(sprite)
+    is_rare = is_creature & happens(rare, n, generator)
+    rare_word = FIRST_RARE + pick(len(RARE), n, generator)
+    name = torch.where(is_rare, rare_word, color)
+
+    y = ROWS[0] + pick(len(ROWS), n, generator)
+    columns = torch.tensor(list(PLACES.values()))                 # (3, 2)
+    x = columns[place, pick(2, n, generator)]
+    return sprite, y, x, name, shape
 
 
-def spots_of(words, obj):
-    """Where object number obj (0 or 1) of a caption may stand: one side of a scene of two, else anywhere."""
-    if words[3] == 0:
-        return list(range(len(SPOTS)))
-    side = PLACES["left" if obj == 0 else "right"]
-    return [i for i, (_, x) in enumerate(SPOTS) if x in side]
+def sample_scenes(n, generator, rare=0.3):
+    """Draw a batch of random scenes: images (n, 3, 16, 16) in [-1, 1] and captions (n, SLOTS).
 
-
-def score(images, words, parts=None, name=None):
-    """Exact scores of images (N, 3, 16, 16) that were drawn for captions words (N, SLOTS).
-
-    parts (7,) and name (a word number) say that objects called name should be the creature of these parts. Returns
-    (N,) tensors. "prompt": the share of what the caption says that the picture shows, of background color, background
-    pattern, place, and each object's color and shape (the subject: its shape). With parts, also "parts": the share of
-    the subject's parts that are right, and "identity": 1 where all are.
+    A quarter of the scenes have two objects, left and right. rare: the share of the creatures that
+    are called by a rare word instead of their color. Captions lose words at random, as DROP says,
+    and a tenth of them lose all.
     """
-    images = images.float().cpu().clamp(-1, 1)
-    background, table = read_background(images), sprites()[2]
-    said, right = torch.zeros(len(images)), torch.zeros(len(images))
-    found = torch.full((len(images), len(KEYS)), float("nan"))
+    left = list(PLACES).index("left")
+    right = list(PLACES).index("right")
+    is_pair = happens(0.25, n, generator)
+    background = pick(len(backgrounds()), n, generator)
+    place = pick(len(PLACES), n, generator)
 
-    def check(rows, wanted, got):
-        said[rows] += (wanted > 0).float()
-        right[rows] += ((wanted > 0) & (wanted == got)).float()
+    # Every scene gets a second object, and those that are no pair lose it again.
+    place_a = torch.where(is_pair, left, place)
+    place_b = torch.full((n,), right)
+    sprite_a, y_a, x_a, name_a, shape_a = sample_object(place_a, generator, rare)
+    sprite_b, y_b, x_b, name_b, shape_b = sample_object(place_b, generator, rare)
+    sprite_b = torch.where(is_pair, sprite_b, -1)
+    images = render(background, [(sprite_a, y_a, x_a), (sprite_b, y_b, x_b)])
 
-    check(slice(None), words[:, 5], WORD["red"] + background // len(PATTERNS))
-    check(slice(None), words[:, 6], WORD["plain"] + background % len(PATTERNS))
-    column = torch.tensor([list(PLACES).index(p) for p, xs in PLACES.items() for _ in ROWS for _ in xs])
-    for obj, two in product((0, 1), (False, True)):
-        rows = ((words[:, 3] > 0) == two).nonzero()[:, 0]
-        if len(rows) == 0 or obj > two:
-            continue
-        w, spots = words[rows], [SPOTS[i] for i in spots_of(words[rows[0]], obj)]
-        sprite, spot = read_object(images[rows], spots)
-        creature = sprite >= PLAIN
-        color = torch.where(creature, table[sprite, KEYS.index("color")], sprite % len(COLORS))
-        check(rows, w[:, 2 * obj + 1], torch.where(creature, WORD["creature"], WORD["circle"] + sprite // len(COLORS)))
-        check(rows, w[:, 2 * obj] * (w[:, 2 * obj] < WORD[RARE[0]]), WORD["red"] + color)
-        if not two:
-            check(rows, w[:, 4], WORD["left"] + column[spot])
-        if parts is not None:
-            mine = w[:, 2 * obj] == name
-            nearest = read_object(images[rows[mine]], spots, creatures=True)[0] if mine.any() else sprite[:0]
-            found[rows[mine]] = (table[nearest] == parts).float()
-    scores = {"prompt": right / said.clamp(min=1)}
-    return scores if parts is None else {**scores, "parts": found.mean(1), "identity": (found == 1).all(1).float()}
+    color, pattern = background_words(background)
+    words = [
+        name_a,
+        shape_a,
+        torch.where(is_pair, name_b, 0),
+        torch.where(is_pair, shape_b, 0),
+        torch.where(is_pair, 0, FIRST_PLACE + place),
+        color,
+        pattern,
+    ]
+    words = torch.stack(words, dim=1)                             # (n, SLOTS)
+
+    drop_word = torch.rand(n, SLOTS, generator=generator) < DROP
+    drop_all = happens(0.1, n, generator)
+    return images, words.masked_fill(drop_word | drop_all[:, None], 0)
 
 
-def matches(images, tolerance=0.25):
-    """True for pictures (N, 3, 16, 16) of one object that are a scene of the world: no pixel's channel (0 .. 1) is off by
-    more than tolerance from the redrawn picture. Returns (N,)."""
-    images = images.float().cpu().clamp(-1, 1)
-    sprite, spot = read_object(images)
-    y, x = torch.tensor(SPOTS)[spot].T
-    return (render(read_background(images), [(sprite, y, x)]) - images).abs().amax((1, 2, 3)) <= 2 * tolerance
+# --------------------------------------------------------------------------------------------------
+# Subjects: folders of a few images
+
+
+@contextmanager
+def refusing(file):
+    """Turn whatever goes wrong while a file is read into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file} can't be read ({error}); mend or remove it") from None
+
+
+def read_caption(file, name):
+    """The caption "NAME creature", and what the file adds if there is one: SLOTS word numbers."""
+    with refusing(file):
+        scene = file.read_text() if file.exists() else ""
+        return caption(f"{name} creature {scene}")
+
+
+def read_image(file):
+    """Read an image file of any size: (3, 16, 16) in [-1, 1], transparency flattened onto black."""
+    with refusing(file):
+        image = Image.open(file)
+        if image.mode[0] in "IF":  # modes "I", "I;16" and "F" have 16 or 32 bits
+            raise ValueError("it has more than 8 bits a channel")
+        is_photo = image.format == "MPO"  # as phones write it: a photo and a preview
+        if not is_photo and getattr(image, "is_animated", False):
+            raise ValueError("it is animated")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    black = Image.new("RGBA", image.size, "black")
+    image = Image.alpha_composite(black, image).convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    pixels = torch.from_numpy(np.array(image))                    # (16, 16, 3) in 0 .. 255
+    return pixels.permute(2, 0, 1) / 127.5 - 1                    # (3, 16, 16) in [-1, 1]
+
+
+def load_subject(folder, name="sks"):
+    """Load a folder of PNG and JPEG files: images (N, 3, 16, 16) in [-1, 1], captions (N, SLOTS).
+
+    An image's caption is "NAME creature", and what a text file of the same name adds, such as "on
+    green stripes".
+    Raises ValueError if the folder has no images, or if an image or a caption can't be read.
+    """
+    files = sorted(Path(folder).glob("*"))
+    files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if not files:
+        raise ValueError(
+            f"{folder} is not a folder with PNG or JPEG files; "
+            "give one with 3 to 5 images of the subject"
+        )
+    images = []
+    captions = []
+    for file in files:
+        captions.append(read_caption(file.with_suffix(".txt"), name))
+        images.append(read_image(file))
+    return torch.stack(images), torch.tensor(captions)
 
 
 def read_parts(folder):
-    """The parts (7,) of the creature in folder, from its parts.txt of lines "part option"; None where there is none.
+    """Read the parts of the creature in a folder: the numbers of its options (7,), in KEYS' order.
 
-    Raises ValueError where a line is missing or wrong.
+    They are in parts.txt, one line "KEY OPTION" each. Returns None if there is no such file.
+    Raises ValueError if a line is missing or wrong.
     """
     file = Path(folder) / "parts.txt"
     if not file.exists():
         return None
-    lines = dict(line.split() for line in file.read_text(errors="replace").splitlines() if len(line.split()) == 2)
+    options = {}
+    for line in file.read_text(errors="replace").splitlines():
+        words = line.split()
+        if len(words) == 2:
+            key, option = words
+            options[key] = option
+    numbers = []
     for key in KEYS:
-        if lines.get(key) not in OPTIONS[key]:
-            raise ValueError(f"{file}: '{key}' must be one of {', '.join(OPTIONS[key])}, one line '{key} OPTION'")
-    return torch.tensor([OPTIONS[key].index(lines[key]) for key in KEYS])
+        if options.get(key) not in OPTIONS[key]:
+            choices = ", ".join(OPTIONS[key])
+            raise ValueError(f"{file}: '{key}' must be one of {choices}, one line '{key} OPTION'")
+        numbers.append(OPTIONS[key].index(options[key]))
+    return torch.tensor(numbers)
 
 
-def load_subject(folder, name="sks"):
-    """All PNG and JPEG files of a folder: images (N, 3, 16, 16) in [-1, 1], alpha flattened onto black, and captions
-    (N, SLOTS). A picture's caption is "NAME creature", and what a text file of its name adds, such as "on green stripes".
+def write_subject(folder, sprite, generator):
+    """Write five PNG files of a creature on two backgrounds, their captions, and parts.txt."""
+    order = torch.randperm(len(backgrounds()), generator=generator)
+    one, other = order[:2]
+    background = torch.stack([one, one, one, other, other])
+    order = torch.randperm(len(SPOTS), generator=generator)
+    spots = torch.tensor(SPOTS)[order[:5]]                        # (5, 2)
+    y, x = spots.T
+    sprite_each = torch.full((5,), sprite)
+    images = render(background, [(sprite_each, y, x)])            # (5, 3, 16, 16)
+    color, pattern = background_words(background)
 
-    Raises ValueError where there is no such folder, no image in it, one that can't be read, or a caption that can't be.
-    """
-    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if not files:
-        raise ValueError(f"{folder} is not a folder with PNG or JPEG files; give one with 3 to 5 pictures of the subject")
-    images, captions = [], []
-    for file in files:
-        path = file.with_suffix(".txt")
-        try:
-            captions.append(caption(f"{name} creature {path.read_text() if path.exists() else ''}"))
-            image = Image.open(path := file)
-            if image.mode[0] in "IF" or image.format != "MPO" and getattr(image, "is_animated", False):
-                raise ValueError("it is animated, or has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-        except Exception as error:
-            raise ValueError(f"{path} can't be read ({error}); mend or remove it") from None
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-        if image.size != (SIZE, SIZE):
-            image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(images), torch.tensor(captions)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(to_bytes(images)):
+        pixels = image.permute(1, 2, 0).numpy()                   # (16, 16, 3)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        place = VOCAB[place_word(x[i])]
+        scene = f"{place} on {VOCAB[color[i]]} {VOCAB[pattern[i]]}"
+        (folder / f"{i}.txt").write_text(scene + "\n")
 
-
-def to_grid(images, columns, zoom=8):
-    """A PIL picture of images (N, 3, H, W) in [-1, 1], `columns` in a row, enlarged with nearest neighbour."""
-    images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)  # a white border
-    images = torch.cat([images, images.new_full((-len(images) % columns, *images.shape[1:]), 255)])
-    grid = torch.cat([torch.cat(list(row), 2) for row in images.split(columns)], 1)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    lines = []
+    parts = sprites().parts[sprite].tolist()
+    for key, option in zip(KEYS, parts):
+        lines.append(f"{key} {OPTIONS[key][option]}\n")
+    (folder / "parts.txt").write_text("".join(lines))
 
 
 def write_subjects(folder, seed=7):
-    """Draw the eight subjects into folder/NAME: five PNG files on two backgrounds, with captions, and parts.txt."""
-    generator, table = torch.Generator().manual_seed(seed), sprites()[2]
+    """Draw the eight subjects into folder/NAME, each a random creature."""
+    generator = torch.Generator().manual_seed(seed)
     for name in TUNING + TABLE:
-        sprite = int(torch.randint(PLAIN, len(table), (1,), generator=generator))
-        a, b = torch.randperm(len(backgrounds()), generator=generator)[:2].tolist()
-        spots = torch.tensor(SPOTS)[torch.randperm(len(SPOTS), generator=generator)[:5]]
-        images = render(torch.tensor([a, a, a, b, b]), [(torch.full((5,), sprite), spots[:, 0], spots[:, 1])])
-        target = Path(folder) / name
-        target.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(target / f"{i}.png")
-            place = next(place for place, columns in PLACES.items() if spots[i, 1] in columns)
-            color, pattern = divmod((a, a, a, b, b)[i], len(PATTERNS))
-            (target / f"{i}.txt").write_text(f"{place} on {list(COLORS)[color]} {PATTERNS[pattern]}\n")
-        (target / "parts.txt").write_text("".join(f"{key} {OPTIONS[key][i]}\n" for key, i in zip(KEYS, table[sprite].tolist())))
+        sprite = int(torch.randint(PLAIN, len(sprites().parts), (1,), generator=generator))
+        write_subject(Path(folder) / name, sprite, generator)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images to look at
+
+
+def to_bytes(images):
+    """Turn images of any shape from floats in [-1, 1] into bytes in 0 .. 255, on the CPU."""
+    images = images.float().cpu().clamp(-1, 1)
+    return ((images + 1) * 127.5).round().byte()
+
+
+def to_grid(images, columns, zoom=8):
+    """Arrange images (N, 3, H, W) in [-1, 1] in a grid of so many columns: a PIL image.
+
+    Each image gets a white border of one pixel. zoom: the side of a pixel in the grid.
+    """
+    images = to_bytes(images)                                     # (N, 3, H, W)
+    images = F.pad(images, (1, 1, 1, 1), value=255)               # (N, 3, H + 2, W + 2)
+    missing = -len(images) % columns  # what the last row lacks
+    white = images.new_full((missing, *images.shape[1:]), 255)
+    images = torch.cat([images, white])                           # (R * C, 3, H + 2, W + 2)
+    grid = rearrange(images, "(r c) d h w -> (r h) (c w) d", c=columns)
+    grid = Image.fromarray(grid.numpy())
+    return grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     write_subjects(here / "subjects")
-    to_grid(sample_scenes(60, torch.Generator().manual_seed(0))[0], 12, 4).save(here / "world.png")
+    images, _ = sample_scenes(60, torch.Generator().manual_seed(0))
+    to_grid(images, columns=12, zoom=4).save(here / "world.png")
     print(f"wrote {here / 'subjects'} and {here / 'world.png'}")
