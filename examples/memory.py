@@ -55,7 +55,13 @@ SD15 = {  # unet/config.json of Stable Diffusion 1.5
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
-TINY = {**SD15, "sample_size": 16, "block_out_channels": (32,) * 4, "cross_attention_dim": 16}
+TINY = {
+    **SD15,
+    "sample_size": 16,
+    "block_out_channels": (32,) * 4,
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+}
 T = 1000  # timesteps
 WORDS = 77  # tokens of a prompt
 WARM_UP = 2  # steps before the timed ones, on a GPU
