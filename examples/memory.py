@@ -222,12 +222,9 @@ class Batches:
         return (predicted.float() - target).square().mean()
 
 
-def measure(pipe, row, config, device, idle):
-    """In a process of its own: send a dict of numbers for one image, and for two; or what failed.
-
-    idle: bytes that the card had given out before.
-    """
-    pipe.recv()  # everything is imported; wait for this row's turn
+def measure(pipe, row, config, device):
+    """In a process of its own: send numbers for one image, and for two; or what failed."""
+    idle = pipe.recv()  # waits for its turn; bytes that the card has given out to others
     try:
         start = time.perf_counter()
         unet, optimizer = build(row, config, device)
@@ -396,27 +393,24 @@ def start(*args):
     return process, ours
 
 
-def collect(process, pipe, deadline):
+def collect(process, pipe, idle, deadline):
     """Let a process measure; returns its dicts, and a reason if one of the two is missing."""
     results = []
-    reason = None
-    pipe.send("go")
-    while len(results) < 2 and reason is None:
-        try:
+    try:
+        pipe.send(idle)
+        while len(results) < 2:
             if not pipe.poll(max(0, deadline - time.monotonic())):
-                reason = "out of time (--seconds)"
-                break
+                return results, "out of time (--seconds)"
             message = pipe.recv()
-        except (EOFError, ConnectionError):
-            reason = "the process died; it may have run out of memory"
-            break
-        if isinstance(message, str):
-            reason = message
-        else:
+            if isinstance(message, str):
+                return results, message
             results.append(message)
-    process.kill()
-    process.join()
-    return results, reason
+    except (EOFError, ConnectionError):
+        return results, "the process died; it may have run out of memory"
+    finally:
+        process.kill()
+        process.join()
+    return results, None
 
 
 COLUMNS = ("method", "held, GB", "kept, GB", "allocated, GB", "nvidia-smi, GB", "step, s")
@@ -448,24 +442,20 @@ def main():
     if not rows:
         raise ValueError(f"no row has {args.rows} in its name; there are {[r.name for r in ROWS]}")
 
+    config = TINY if args.tiny else SD15
+    waiting = start(rows[0], config, args.device)
     check(args.device)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     idle = card_memory() if args.device == "cuda" else 0
-    config = TINY if args.tiny else SD15
-    common = (config, args.device, idle)
 
     head = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     print("\n".join(head), flush=True)
     lines = []
-    ahead = args.device == "cuda"  # start a process early: its imports take as long as a row
-    waiting = start(rows[0], *common)
     for i, row in enumerate(rows):
         process, pipe = waiting
-        if ahead and i + 1 < len(rows):
-            waiting = start(rows[i + 1], *common)
-        results, reason = collect(process, pipe, deadline)
-        if not ahead and i + 1 < len(rows):
-            waiting = start(rows[i + 1], *common)
+        if i + 1 < len(rows):  # its imports take as long as a row: start it now
+            waiting = start(rows[i + 1], config, args.device)
+        results, reason = collect(process, pipe, idle, deadline)
         lines.append(table_row(row, results, reason))
         print(lines[-1], flush=True)
 

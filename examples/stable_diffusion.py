@@ -45,8 +45,9 @@ try:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
-except ImportError as error:
-    print(f"{error}; pip install -r examples/requirements.txt", file=sys.stderr)
+except (ImportError, RuntimeError) as error:
+    reason = str(error).split("\n")[-1]
+    print(f"{reason}; try pip install -r examples/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -304,8 +305,10 @@ def peak_memory(device):
     """Bytes: the most that tensors took of the GPU, or the process of main memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

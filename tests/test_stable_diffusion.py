@@ -362,8 +362,8 @@ def test_memory_measures_every_method(monkeypatch, capsys):
     kept = {}
     for row in memory.ROWS[:5]:
         sent = []
-        pipe = types.SimpleNamespace(recv=lambda: None, send=sent.append, close=lambda: None)
-        memory.measure(pipe, row, memory.TINY, "cpu", 0)
+        pipe = types.SimpleNamespace(recv=lambda: 0, send=sent.append, close=lambda: None)
+        memory.measure(pipe, row, memory.TINY, "cpu")
         assert len(sent) == 2, sent
         line = memory.table_row(row, sent, None)
         assert line.count("|") == 7
