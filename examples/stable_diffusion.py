@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from calibrate import CALIBRATIONS
 from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
-from runtime import Loop, Parser, claim, describe, guard, load, resumed, save, write_png
+from runtime import Loop, Parser, claim, describe, guard, load, load_state, save, write_png
 
 try:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -180,7 +180,7 @@ def made_by(args):
 def make_base(args, T):
     """Quantize the UNet of --model and write it to --base, without deltas.
 
-    In float16 the UNet takes 1.7 GB of a GPU. Calibration itself computes in float32.
+    In float16 the UNet takes 1.7 GB of a GPU. quantize computes in float32, and so are all scales.
     """
     print(f"quantizing the UNet of {args.model} to {args.base}, once", flush=True)
     unet = from_pretrained(UNet2DConditionModel, args.model, torch.float16, subfolder="unet")
@@ -195,7 +195,7 @@ def make_base(args, T):
         "kind": "Stable Diffusion base",
         "made": made_by(args),
         "config": config,
-        "quant_config": unet.quant_config,
+        "T": T,
         "unet": state,
     }
     save(base, args.base)
@@ -205,10 +205,9 @@ def build(base, num_buckets):
     """The quantized UNet of a base.pt, with all deltas zero."""
     unet = UNet2DConditionModel.from_config(base["config"])
     # quantize its random weights, for layers of the right shapes, and fill these
-    made = base["quant_config"]
-    same = {key: made[key] for key in ("n_bits", "T", "keep8")}
-    quantize(unet, num_buckets=num_buckets, timestep="timestep", calibration="minmax", **same)
-    unet.quant_config["calibration"] = made["calibration"]
+    bits = base["made"]["bits"]
+    quantize(unet, bits, num_buckets, base["T"], calibration="minmax", timestep="timestep")
+    unet.quant_config["calibration"] = base["made"]["calibration"]
     unet.load_state_dict({**unet.state_dict(), **base["unet"]})
     return unet
 
@@ -272,33 +271,36 @@ def tune(unet, noise, data, args, state=None):
         }
         save(state, args.out / "state.pt")
 
-    loop = Loop("tuning", args, first, equal_edges(args.buckets, T), save_state)
+    # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
+    shown = equal_edges(args.buckets if args.buckets > 1 else 4, T)
+    loop = Loop("tuning", args, first, shown, save_state)
+    # fmt: off
     for step in loop:
-        for group in optimizer.param_groups:  # warm up, and down to zero all along
-            group["lr"] = args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
+        warm_up = min(1, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = args.lr * warm_up * (1 - step / args.steps)
 
         # B latents of the subject and, with prior preservation, B of the class behind them
-        x0, words = draw_batch(data, args.batch, generator)  # (2B, 4, h, w), (2B, 77, C)
-        t = torch.randint(T, (len(x0),), generator=generator)  # (2B,)
-        eps = torch.randn(x0.shape, generator=generator)  # (2B, 4, h, w)
-        x_t = noise.add_noise(x0, eps, t)
+        x0, words = draw_batch(data, args.batch, generator)             # (2B, 4, h, w), (2B, 77, C)
+        t = torch.randint(T, (len(x0),), generator=generator)           # (2B,)
+        eps = torch.randn(x0.shape, generator=generator)                # (2B, 4, h, w)
+        x_t = noise.add_noise(x0, eps, t)                               # (2B, 4, h, w)
         target = eps
         if noise.config.prediction_type == "v_prediction":
-            target = noise.get_velocity(x0, eps, t)
+            target = noise.get_velocity(x0, eps, t)                     # (2B, 4, h, w)
         x_t, t, words, target = [a.to(args.device) for a in (x_t, t, words, target)]
 
         with torch.autocast(args.device, torch.bfloat16):
-            predicted = unet(x_t, t, words).sample  # (2B, 4, h, w)
-        error = (predicted.float() - target).square().mean((1, 2, 3))  # (2B,)
-        loop.check(error, t, step)
-        loss = error[: args.batch].mean()
+            predicted = unet(x_t, t, words).sample                      # (2B, 4, h, w)
+        error = (predicted.float() - target).square().mean((1, 2, 3))   # (2B,)
+        loss = error[:args.batch].mean()
         if len(data) == 2:
-            loss = loss + args.prior * error[args.batch :].mean()
+            loss = loss + args.prior * error[args.batch:].mean()
+        loop.watch(error, t)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loop.show(error, t)
+    # fmt: on
 
 
 def peak_memory(device):
@@ -314,7 +316,7 @@ def peak_memory(device):
 
 
 def train(args):
-    state = resumed(args, "Stable Diffusion state") if args.resume else None
+    state = load_state(args, "Stable Diffusion state") if args.resume else None
     pipe = load_pipeline(args.model).to(args.device)
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
     latent_size = UNet2DConditionModel.load_config(args.model, subfolder="unet")["sample_size"]
@@ -339,7 +341,7 @@ def train(args):
     tune(unet, noise, data, args, state)
 
     path = args.out / "adapter.pt"
-    save({"kind": "adapter", **adapter(unet)}, path)
+    save({"kind": "adapter", "buckets": args.buckets, **adapter(unet)}, path)
     count = sum(delta.numel() for delta in deltas(unet).values())
     print(f"wrote {path}: {count:,} scales in {path.stat().st_size / 1e6:.2f} MB")
     print(f"peak memory {peak_memory(args.device) / 1e9:.2f} GB ({args.device})")
@@ -359,7 +361,7 @@ def draw(args):
     """
     subject = load(args.out / "adapter.pt", "adapter")
     base = load(args.base, "Stable Diffusion base")
-    unet = build(base, subject["quant_config"]["num_buckets"])
+    unet = build(base, subject["buckets"])
     load_adapter(unet, subject)
     pipe = load_pipeline(args.model, unet).to(args.device)
     pipe.set_progress_bar_config(disable=True)

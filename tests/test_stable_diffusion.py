@@ -153,19 +153,19 @@ def test_checkpointing_and_a_shared_base_change_no_bit(world, tmp_path):
 
 
 def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch, capsys):
-    show = runtime.Loop.show
+    watch = runtime.Loop.watch
 
-    def show_and_interrupt(self, *args):
-        show(self, *args)
+    def watch_and_interrupt(self, *args):
+        watch(self, *args)
         os.kill(os.getpid(), signal.SIGINT)
 
     once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
-    monkeypatch.setattr(runtime.Loop, "show", show_and_interrupt)
+    monkeypatch.setattr(runtime.Loop, "watch", watch_and_interrupt)
     assert run(stable_diffusion, *once) == 130
     assert load(tmp_path / "state.pt", "Stable Diffusion state")["step"] == 1
     assert not (tmp_path / "adapter.pt").exists()
     assert run(stable_diffusion, *once, "--resume") == 130
-    monkeypatch.setattr(runtime.Loop, "show", show)
+    monkeypatch.setattr(runtime.Loop, "watch", watch)
     assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
     assert "is of a run with --lr 0.01" in capsys.readouterr().err
     assert run(stable_diffusion, *once, "--resume") == 0
@@ -225,7 +225,7 @@ def test_target(kind, asked, tmp_path, monkeypatch):
     oracle = Oracle(x0, noise, v=kind == "v_prediction")
     quantize(oracle, 8, 2, timestep="timestep")
     errors = []
-    monkeypatch.setattr(runtime.Loop, "show", lambda self, error, t: errors.append(error))
+    monkeypatch.setattr(runtime.Loop, "watch", lambda self, error, t: errors.append(error))
     stable_diffusion.tune(oracle, noise, [(x0, torch.zeros(1, 24, 16))], args)
     assert len(errors) == 4 and errors[0].shape == (8,)
     if kind == asked:
