@@ -368,8 +368,8 @@ def plain_formula(model, base, x, t):
     samples = []
     for sample, timestep in zip(x.double(), t):
         b = timestep * 2 // T
-        d_out = trained[f"layer.d_out.{b}"].double().view(-1, 1, *ones)
-        d_in = trained[f"layer.d_in.{b}"].double().view(1, -1, *ones)
+        d_out = trained[f"layer.d_out_{b}"].double().view(-1, 1, *ones)
+        d_in = trained[f"layer.d_in_{b}"].double().view(1, -1, *ones)
         weight = d_out.exp() * base * d_in.exp()
         if ones:
             samples.append(F.conv2d(sample, weight, bias, padding=1))
