@@ -304,8 +304,8 @@ def test_outputs_and_gradients_equal_dequantization_under_autograd(
     y.backward(g)
     y2.backward(g)
     torch.testing.assert_close(x.grad, x2.grad, **CLOSE)
-    for i, pairs in enumerate(deltas_beside_references(model, plain)):
-        for mine, reference in pairs:
+    for i, of_bucket in enumerate(deltas_beside_references(model, plain)):
+        for mine, reference in of_bucket:
             if i in b:
                 torch.testing.assert_close(mine.grad, reference.grad, **CLOSE)
             else:
