@@ -392,10 +392,13 @@ def test_a_quantized_layer_answers_like_the_one_it_replaced(name):
     torch.testing.assert_close(layer.weight, plain.weight(), **CLOSE)
 
 
-def test_the_weight_of_a_quantized_layer_has_the_dtype_of_the_model():
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        model = quantize(OneLayer(nn.Linear(3, 2)), 4, 2).to(dtype)
-        assert model.layer.weight.dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_made_smaller_has_weights_of_that_dtype_and_the_same_scales(dtype):
+    model = quantize(OneLayer(nn.Linear(3, 2)), 4, 2)
+    before = model.layer.dequantize()
+    model.to(dtype)
+    assert model.layer.weight.dtype == dtype
+    assert torch.equal(model.layer.dequantize(dtype=torch.float32), before)
 
 
 def test_repr_shows_shape_bits_and_buckets():
