@@ -196,12 +196,17 @@ class Plain(nn.Module):
         q = unpack(layer.codes, layer.n_bits, (o, *kernel, i)).movedim(-1, 1).double()
         zero_point = layer.zero_point.view(-1, 1, *[1 for _ in kernel])
         self.q = q - zero_point  # (O, I, *kernel)
-        self.d_out = [delta.detach().clone().requires_grad_() for delta in layer.d_out]
-        self.d_in = [delta.detach().clone().requires_grad_() for delta in layer.d_in or []]
+        self.d_out = self.copies("d_out")
+        self.d_in = self.copies("d_in") if layer.delta("d_in", 0) is not None else None
 
         # columns[o, i]: the input channel that W[o, i] is multiplied by
         group = torch.arange(o) // (o // layer.groups)  # (O,)
         self.columns = group[:, None] * i + torch.arange(i)  # (O, I)
+
+    def copies(self, kind):
+        """The deltas of the layer, for each bucket, with gradients of their own."""
+        found = [self.layer.delta(kind, b) for b in range(self.layer.num_buckets)]
+        return [delta.detach().clone().requires_grad_() for delta in found]
 
     def weight(self, b=None):
         """The weight (O, I, *kernel) of bucket b; of the base if b is None."""
@@ -209,7 +214,7 @@ class Plain(nn.Module):
         s_in = self.layer.s_in
         if b is not None:
             s_out = s_out * self.d_out[b].exp()
-        if b is not None and self.d_in:
+        if b is not None and self.d_in is not None:
             s_in = s_in * self.d_in[b].exp()
         ones = [1 for _ in self.layer.shape[2:]]
         rows = s_out.view(-1, 1, *ones)  # (O, 1, ...)
@@ -261,9 +266,9 @@ def deltas_beside_references(model, plain):
     """For each bucket, its deltas in the layer, each with that of the reference."""
     pairs = []
     for b in range(model.layer.num_buckets):
-        of_bucket = [(model.layer.d_out[b], plain.d_out[b])]
-        if model.layer.d_in is not None:
-            of_bucket.append((model.layer.d_in[b], plain.d_in[b]))
+        of_bucket = [(model.layer.delta("d_out", b), plain.d_out[b])]
+        if plain.d_in is not None:
+            of_bucket.append((model.layer.delta("d_in", b), plain.d_in[b]))
         pairs.append(of_bucket)
     return pairs
 
@@ -331,7 +336,8 @@ def test_a_bias_made_trainable_gets_the_gradient_of_the_reference(name, t):
     torch.testing.assert_close(model.layer.bias.grad, plain.source.bias.grad, **CLOSE)
     for i in set(b):
         # y - bias is what a delta's gradient needs: it must not change with who trains the bias
-        torch.testing.assert_close(model.layer.d_out[i].grad, plain.d_out[i].grad, **CLOSE)
+        grad = model.layer.delta("d_out", i).grad
+        torch.testing.assert_close(grad, plain.d_out[i].grad, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "linear"])
@@ -344,7 +350,8 @@ def test_an_input_without_a_batch_and_without_a_gradient(name):
     torch.testing.assert_close(y, y2, **CLOSE)
     y.square().sum().backward()
     y2.square().sum().backward()
-    torch.testing.assert_close(model.layer.d_in[0].grad, plain.d_in[0].grad, **CLOSE)
+    grad = model.layer.delta("d_in", 0).grad
+    torch.testing.assert_close(grad, plain.d_in[0].grad, **CLOSE)
 
 
 def test_no_float_weight_is_kept_for_backward():
@@ -404,5 +411,5 @@ def test_a_model_made_smaller_has_weights_of_that_dtype_and_the_same_scales(dtyp
 def test_repr_shows_shape_bits_and_buckets():
     conv, _ = tuned(LAYERS["3x3"][0], 3, 2)
     linear, _ = tuned(LAYERS["tokens4"][0], 8, 1)
-    assert "QuantConv2d(\n    4x6x3x3, n_bits=3, num_buckets=2, bias=True" in repr(conv)
-    assert "QuantLinear(\n    11x6, n_bits=8, num_buckets=1, bias=False" in repr(linear)
+    assert "QuantConv2d(4x6x3x3, n_bits=3, num_buckets=2, bias=True)" in repr(conv)
+    assert "QuantLinear(11x6, n_bits=8, num_buckets=1, bias=False)" in repr(linear)

@@ -66,8 +66,8 @@ def move(model, seed=1):
 
 
 def bucket_of_delta(name):
-    """The bucket that a delta of this name belongs to: 2 for mix.d_in.2."""
-    return int(name.rsplit(".", 1)[1])
+    """The bucket that a delta of this name belongs to: 2 for mix.d_in_2."""
+    return int(name.rsplit("_", 1)[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_equal_buckets_are_as_good_as_one():
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         for name, delta in deltas(four).items():
-            in_first_bucket = name.rsplit(".", 1)[0] + ".0"
+            in_first_bucket = name.rsplit("_", 1)[0] + "_0"
             delta.copy_(deltas(one)[in_first_bucket])
     assert torch.equal(one(x, 7), four(x, 7))
     assert torch.equal(one(x, 7), one(x, None))  # one bucket needs no timesteps
@@ -345,7 +345,7 @@ def test_outputs_have_the_dtype_of_the_model_and_deltas_at_least_float32():
 
         precise = torch.promote_types(dtype, torch.float32)
         assert model.mix.s_in.dtype == precise
-        assert model.mix.d_in[1].grad.dtype == precise
+        assert model.mix.d_in_1.grad.dtype == precise
 
 
 def test_autocast_computes_in_bfloat16_and_trains_in_float32():
