@@ -134,7 +134,7 @@ CHOICES = [
     (train, "--scales in", "--scales"), (train, "--calibration best", "rowcol"), (train, "--device tpu", "--device"),
     (train, "--colour", "--colour"), (train, "--compile", "compiler"), (pretrain, "--compile", "compiler"), (train, "surplus", "surplus"), (train, "--base", "--base"),
     (sample, "--sampler euler", "ddpm"), (sample, "--device tpu", "--device"), (sample, "--adapter", "--adapter"),
-    (tables, "everything", "recovery"), (tables, "subjects --subjects mo", "bix"), (tables, "subjects mo", "figures"),
+    (tables, "everything", "recovery"), (tables, "subjects --subjects mo", "bix"), (tables, "subjects mo", "ablations"),
     (bench, "taste", "speed"), (bench, "speed --sizes vast", "default"),
     (sample, "--prompt dragon", "dragon"), (sample, "--prompt=", "empty"), (sample, "--prompt=the", "empty"),
     (sample, "--prompt red,red,circle", "'red'"), (sample, "--prompt red\nred", "'red'"),
