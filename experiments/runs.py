@@ -1,8 +1,8 @@
 """What the tables and figures are made of: the methods, runs of train.py, and the log of them.
 
 A row of a table is a method, given by flags of train.py. A run is a row, a subject and a seed: the
-model is made, fine-tuned to the subject and scored. Each finished run is a line of the log, and the
-run's files stand in out/, in a folder that is called as the log is.
+model is made, fine-tuned to the subject and scored. Each finished run is a line of the log. Its
+files are in out/NAME, if the log is NAME.jsonl.
 """
 
 import json
@@ -243,10 +243,11 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
 
     def draw(prompts, name_of, label, seed):
         """Draw the prompts. Score each word's subject as what is called name_of[word] there."""
-        words = torch.tensor([toy.caption(p) for p in prompts for _ in range(train.IMAGES_PER_PROMPT)])
-        images = sample(model, words, run.sample_steps, seed=seed)
+        captions = torch.tensor(train.captions_of(prompts))
+        images = sample(model, captions, run.sample_steps, seed=seed)
         for word, name in name_of.items():
-            for key, values in score(images, words, parts[word], toy.WORD[name]).items():
+            scores = score(images, captions, parts[word], toy.WORD[name])
+            for key, values in scores.items():
                 found.setdefault(label + key, []).append(values.mean().item())
 
     words = list(parts)

@@ -1,10 +1,13 @@
 """What the tests share: one thread for PyTorch, and a way to run a script without a new process."""
 
 import sys
+from pathlib import Path
 
 import torch
 
 from runtime import guard
+
+ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they give
 

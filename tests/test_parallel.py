@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from quant import deltas, quantize
 from runtime import BASE, claim, load, load_model
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"
 QUICK = ("--batch", 1, "--calibration", "minmax", "--sample-steps", 1)
 ENDLESS = ("--steps", 5000, *QUICK)  # ends when it is killed

@@ -115,7 +115,7 @@ def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path)
         layer.register_forward_hook(lambda *_: seen.append(current_batch.get().buckets))
         model(torch.zeros(1, 3, 16, 16), torch.tensor([700]), words)
         for name, delta in deltas(model).items():
-            nn.init.constant_(delta, 0.1 * int(name.split(".")[-1]))  # each bucket has others
+            nn.init.constant_(delta, 0.1 * int(name.rpartition("_")[2]))  # each bucket has others
     assert seen == [[2], [int(bucket(700, runs.log_snr_edges(4)))]]
     assert seen[0] != seen[1]
 

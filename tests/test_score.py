@@ -1,4 +1,4 @@
-"""The exact scores: one on rendered images, chance on other creatures, and lower for captions that are wrong."""
+"""The exact scores: one on rendered images, chance on others, lower if captions are wrong."""
 
 from pathlib import Path
 

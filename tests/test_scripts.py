@@ -6,11 +6,10 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 import pretrain
@@ -21,7 +20,6 @@ from data import toy
 from quant import deltas, quantize
 from runtime import BASE, load, load_model
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu")  # a run of seconds
 SHORTEST = ("--steps", 1, "--sample-steps", 1)
 

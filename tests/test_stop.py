@@ -9,19 +9,17 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import ROOT
 
 import runtime
 import train
 from data import toy
 from quant import deltas, quantize
 from runtime import BASE, load, load_model, save
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # a script that saves after each step, and doesn't score a base
 SCRIPT = """
