@@ -820,7 +820,7 @@ def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
             for key, parameter in layer.named_parameters():
-                if key.startswith(("d_out", "d_in")):
+                if key != "bias":
                     found[canonical(f"{name}.{key}")] = parameter
     return found
 

@@ -191,11 +191,17 @@ def draw_batch(n, instance, captions, diffusion, generator):
     return x0, words, torch.cat(t)
 
 
+def captions_of(prompts):
+    """The captions of the images to score, IMAGES_PER_PROMPT for each prompt: lists of L words."""
+    captions = []
+    for prompt in prompts:
+        captions += [toy.caption(prompt)] * IMAGES_PER_PROMPT
+    return captions
+
+
 def evaluate(model, parts, args):
     """Images of all PROMPTS, and the means of their exact scores, {} if parts is None."""
-    words = torch.tensor(
-        [toy.caption(prompt) for prompt in PROMPTS for _ in range(IMAGES_PER_PROMPT)]
-    )
+    words = torch.tensor(captions_of(PROMPTS))
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}

@@ -425,7 +425,7 @@ def sample_scenes(n, generator, rare=0.3):
     background = pick(len(backgrounds()), n, generator)
     place = pick(len(PLACES), n, generator)
 
-    # Every scene gets a second object, and those that are no pair lose it again.
+    # Every scene gets a second object, so that one batch draws them all; all but the pairs lose it.
     place_a = torch.where(is_pair, left, place)
     place_b = torch.full((n,), right)
     sprite_a, y_a, x_a, name_a, shape_a = sample_object(place_a, generator, rare)

@@ -1,117 +1,194 @@
-"""Whatever the shapes, bits, buckets and weights: hypothesis looks for a counterexample."""
+"""What holds for all shapes, bits, buckets and weights: hypothesis looks for a counterexample."""
+
 import copy
 
+import pytest
 import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quant import CLOSE, Plain
+from test_quant import CLOSE, OneLayer, Plain, deltas_beside_references
 
 from calibrate import CALIBRATIONS
 from quant import adapter, deltas, load_adapter, merge, pack, quantize, unpack
 
 settings.register_profile("repeatable", max_examples=80, deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-BITS, SIZES, SEEDS = st.integers(2, 8), st.integers(1, 7), st.integers(0, 2**32)
+
+BITS = st.integers(2, 8)
+SIZES = st.integers(1, 7)
+SEEDS = st.integers(0, 2**32)
+SCALES = st.sampled_from(["out", "out+in"])
+CALIBRATION_NAMES = st.sampled_from(sorted(CALIBRATIONS))
+KINDS = st.sampled_from(
+    [
+        "ordinary",
+        "zero row",
+        "constant row",
+        "zero column",
+        "outlier",
+        "all zero",
+        "tiny",
+    ]
+)
 
 
 @st.composite
 def layers(draw):
-    """A Conv2d or Linear of any shape, its weights ordinary or of a kind that breaks careless quantizers; and an input."""
+    """A Conv2d or Linear of any shape, and an input for it.
+
+    Its weights are ordinary, or of a kind that breaks careless quantizers.
+    """
     torch.manual_seed(draw(SEEDS))
-    n, groups, bias = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.booleans())
+    n = draw(st.integers(1, 4))
+    groups = draw(st.integers(1, 3))
+    bias = draw(st.booleans())
     if draw(st.booleans()):
         layer = nn.Linear(draw(SIZES), draw(SIZES), bias=bias)
-        x = torch.randn(n, *draw(st.lists(SIZES, max_size=2)), layer.in_features)
+        positions = draw(st.lists(SIZES, max_size=2))
+        x = torch.randn(n, *positions, layer.in_features)
     else:
-        pair = lambda high: (draw(st.integers(1, high)), draw(st.integers(1, high)))
-        kernel, stride, dilation, padding = pair(3), pair(3), pair(2), (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
-        channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
-        layer = nn.Conv2d(*channels, kernel, stride, padding, dilation, groups, bias)
-        x = torch.randn(n, channels[0], 5 + draw(st.integers(0, 3)), 5 + draw(st.integers(0, 3)))
-    with torch.no_grad():
-        row, column = draw(st.integers(0, len(layer.weight) - 1)), draw(st.integers(0, layer.weight.shape[1] - 1))
-        kind = draw(st.sampled_from(["ordinary", "zero row", "constant row", "zero column", "outlier", "all zero", "tiny"]))
-        if kind in ("zero row", "constant row"):
-            layer.weight[row] = 0 if kind == "zero row" else 0.3
-        elif kind == "zero column":
-            layer.weight[:, column] = 0
-        elif kind == "outlier":
-            layer.weight[row, column] = 1e6
-        elif kind != "ordinary":
-            layer.weight *= 0 if kind == "all zero" else 1e-20
+        layer = nn.Conv2d(
+            in_channels=groups * draw(st.integers(1, 3)),
+            out_channels=groups * draw(st.integers(1, 3)),
+            kernel_size=draw(pairs(1, 3)),
+            stride=draw(pairs(1, 3)),
+            padding=draw(pairs(0, 2)),
+            dilation=draw(pairs(1, 2)),
+            groups=groups,
+            bias=bias,
+        )
+        height, width = draw(pairs(5, 8))
+        x = torch.randn(n, layer.in_channels, height, width)
+
+    row = draw(st.integers(0, layer.weight.shape[0] - 1))
+    column = draw(st.integers(0, layer.weight.shape[1] - 1))
+    spoil(layer.weight.detach(), draw(KINDS), row, column)
     return layer, x
 
 
-class Model(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
+def pairs(low, high):
+    """Two whole numbers from low to high."""
+    return st.tuples(st.integers(low, high), st.integers(low, high))
 
-    def forward(self, x, t=0):
-        return self.layer(x)
+
+def spoil(weight, kind, row, column):
+    """Make a weight one of its kind, in place."""
+    if kind == "zero row":
+        weight[row] = 0
+    elif kind == "constant row":
+        weight[row] = 0.3
+    elif kind == "zero column":
+        weight[:, column] = 0
+    elif kind == "outlier":
+        weight[row, column] = 1e6
+    elif kind == "all zero":
+        weight *= 0
+    elif kind == "tiny":
+        weight *= 1e-20
 
 
 @given(BITS, st.lists(SIZES, max_size=4), SEEDS)
-def test_pack_is_undone_by_unpack(n_bits, shape, seed):
-    codes = torch.randint(2**n_bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def test_unpack_undoes_pack(n_bits, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**n_bits, shape, dtype=torch.uint8, generator=generator)
     packed = pack(codes, n_bits)
-    assert len(packed) == -(-codes.numel() // 8) * n_bits and torch.equal(unpack(packed, n_bits, shape), codes)
+    eighths = -(-codes.numel() // 8)  # rounded up
+    assert len(packed) == eighths * n_bits
+    assert torch.equal(unpack(packed, n_bits, shape), codes)
 
 
+@pytest.mark.slow
 @given(layers(), BITS)
-def test_quantized_weights_are_near(made, n_bits):
-    layer, errors = made[0], {}
-    w = layer.weight.detach().flatten(1)
+def test_quantized_weights_are_near_and_mse_is_no_worse_than_minmax(made, n_bits):
+    layer, _ = made
+    weight = layer.weight.detach()
+    w = weight.flatten(1)
+    one_group = weight.reshape(1, len(w), weight.shape[1], -1)  # (1, O, I, K)
+    errors = {}
     for name in sorted(CALIBRATIONS):
-        model = quantize(Model(copy.deepcopy(layer)), n_bits, calibration=name, keep8=())
+        model = quantize(OneLayer(copy.deepcopy(layer)), n_bits, calibration=name, keep8=())
         found = model.layer.dequantize().flatten(1)
-        whole = CALIBRATIONS[name](layer.weight.detach().reshape(1, len(w), layer.weight.shape[1], -1), n_bits)
-        assert all(a.isfinite().all() for a in (found, *whole)) and (whole[2] > 0).all()
+        assert found.isfinite().all()
         errors[name] = (found - w).square().sum(1)
+
+        grid = CALIBRATIONS[name](one_group, n_bits)
+        for tensor in grid:
+            assert tensor.isfinite().all()
+        assert (grid.s_out > 0).all()
+
         if name == "minmax":
             step = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / (2**n_bits - 1)
             assert ((found - w).abs() <= step[:, None] * 0.5001 + 1e-30).all()
     assert (errors["mse"] <= errors["minmax"] * 1.0001).all()
 
 
-@given(layers(), BITS, st.integers(1, 5), st.sampled_from(["out", "out+in"]), st.sampled_from(sorted(CALIBRATIONS)), st.data())
-def test_layer_and_gradients_equal_the_plain_ones(made, n_bits, num_buckets, scales, calibration, data):
-    layer, x = made[0].double(), made[1].double().requires_grad_()
-    t = torch.tensor(data.draw(st.lists(st.integers(0, 99), min_size=len(x), max_size=len(x))))
-    model = quantize(Model(copy.deepcopy(layer)), n_bits, num_buckets, 100, scales, calibration, keep8=())
+@given(layers(), BITS, st.integers(1, 5), SCALES, CALIBRATION_NAMES, st.data())
+def test_outputs_and_gradients_equal_dequantization_under_autograd(
+    made, n_bits, num_buckets, scales, calibration, data
+):
+    layer, x = made
+    layer = layer.double()
+    x = x.double().requires_grad_()
+    x2 = x.detach().clone().requires_grad_()
+    timesteps = st.lists(st.integers(0, 99), min_size=len(x), max_size=len(x))
+    t = data.draw(timesteps)
+    b = [time * num_buckets // 100 for time in t]
+
+    model = OneLayer(copy.deepcopy(layer))
+    quantize(model, n_bits, num_buckets, 100, scales, calibration, keep8=())
     with torch.no_grad():
         for delta in deltas(model).values():
             delta.uniform_(-0.5, 0.5)
-    plain, x2, b = Plain(model.layer, layer), x.detach().clone().requires_grad_(), [int(i) * num_buckets // 100 for i in t]
-    y, y2 = model(x, t), torch.cat([plain(x2[i:i + 1], b[i]) for i in range(len(b))])
-    size = y2.abs().max().item() + 1e-300  # outliers and tiny weights: compare at the weights' own size
+    plain = Plain(model.layer, layer)
+
+    y = model(x, torch.tensor(t))
+    y2 = plain.sample_by_sample(x2, b)
+    size = y2.abs().max().item() + 1e-300  # outliers, tiny weights: compare at their own size
     torch.testing.assert_close(y / size, y2 / size, **CLOSE)
+
     g = torch.randn_like(y)
-    y.backward(g / size), y2.backward(g / size)
-    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-9, atol=1e-9 * x2.grad.abs().max().item())
-    for i in range(num_buckets):
-        for mine, reference in [(model.layer.d_out, plain.d_out)] + [(model.layer.d_in, plain.d_in)] * (scales == "out+in"):
-            assert (mine[i].grad is None) == (reference[i].grad is None) == (i not in b)
+    y.backward(g / size)
+    y2.backward(g / size)
+    size = x2.grad.abs().max().item()
+    torch.testing.assert_close(x.grad, x2.grad, rtol=1e-9, atol=1e-9 * size)
+    for i, of_bucket in enumerate(deltas_beside_references(model, plain)):
+        for mine, reference in of_bucket:
+            assert (mine.grad is None) == (i not in b)
+            assert (reference.grad is None) == (i not in b)
             if i in b:
-                torch.testing.assert_close(mine[i].grad, reference[i].grad, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-9, atol=1e-9)
 
 
-@given(layers(), BITS, st.integers(1, 3), st.sampled_from(sorted(CALIBRATIONS)))
-def test_training_stays_finite_and_adapters_carry_it(made, n_bits, num_buckets, calibration):
+@pytest.mark.slow
+@given(layers(), BITS, st.integers(1, 3), CALIBRATION_NAMES)
+def test_training_stays_finite_and_adapters_and_merged_models_carry_it(
+    made, n_bits, num_buckets, calibration
+):
     layer, x = made
-    make = lambda: quantize(Model(copy.deepcopy(layer)), n_bits, num_buckets, 100, calibration=calibration, keep8=())
-    model, other, t = make(), make(), torch.arange(len(x)) * 25
+
+    def make():
+        model = OneLayer(copy.deepcopy(layer))
+        return quantize(model, n_bits, num_buckets, 100, calibration=calibration, keep8=())
+
+    model = make()
+    t = torch.arange(len(x)) * 25
     optimizer = torch.optim.Adam(deltas(model).values(), lr=0.03)
     for _ in range(3):
         optimizer.zero_grad()
         (model(x, t) - 1).square().mean().backward()
         optimizer.step()
-    assert all(delta.isfinite().all() for delta in deltas(model).values())
+    for delta in deltas(model).values():
+        assert delta.isfinite().all()
+
+    other = make()
     saved = adapter(model)
-    load_adapter(model, saved), load_adapter(other, saved)
+    load_adapter(model, saved)
+    load_adapter(other, saved)
     assert torch.equal(model(x, t), other(x, t))
+
     for b in range(num_buckets):
-        now = torch.full((len(x),), -(-100 * b // num_buckets))
-        y = model(x, now)
-        torch.testing.assert_close(merge(model, b)(x, None), y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+        first_timestep = -(-100 * b // num_buckets)  # rounded up
+        y = model(x, torch.full((len(x),), first_timestep))
+        y2 = merge(model, b)(x, None)
+        torch.testing.assert_close(y2, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())

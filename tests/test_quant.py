@@ -1,6 +1,12 @@
-"""The quantizer against independent references: explicit dequantization under autograd, in float64."""
+"""The quantizer's parts: buckets, packed bits, calibration and the layer.
+
+The layer's outputs and gradients are compared with explicit dequantization under autograd, in
+float64.
+"""
+
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,37 +16,66 @@ import torch.nn.functional as F
 from calibrate import CALIBRATIONS, minmax, rowcol
 from quant import bucket, deltas, equal_edges, pack, quantize, unpack
 
-CLOSE = dict(rtol=1e-10, atol=1e-10)
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+# --------------------------------------------------------------------------------------------------
+# Bits
+# --------------------------------------------------------------------------------------------------
+
+
+SHAPES = [
+    (1,),
+    (7,),
+    (8,),
+    (9,),
+    (3, 5),
+    (4, 3, 3, 3),
+    (2, 16, 9),
+    (1, 1, 1, 1),
+    (5, 0),
+]
 
 
 @pytest.mark.parametrize("n_bits", range(2, 9))
-@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (4, 3, 3, 3), (2, 16, 9), (1, 1, 1, 1), (5, 0)])
-def test_pack_is_exact_and_small(n_bits, shape):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_codes_come_back_and_take_n_bits_each(n_bits, shape):
     codes = torch.randint(2**n_bits, shape, dtype=torch.uint8)
     packed = pack(codes, n_bits)
-    assert packed.dtype == torch.uint8 and packed.shape == (math.ceil(codes.numel() / 8) * n_bits,)
+    eighths = math.ceil(codes.numel() / 8)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (eighths * n_bits,)
     assert torch.equal(unpack(packed, n_bits, shape), codes)
 
 
 @pytest.mark.parametrize("n_bits", range(2, 9))
-def test_pack_keeps_the_extremes(n_bits):
+def test_the_smallest_and_the_largest_code_come_back(n_bits):
     for value in (0, 2**n_bits - 1):
         codes = torch.full((13,), value, dtype=torch.uint8)
         assert torch.equal(unpack(pack(codes, n_bits), n_bits, (13,)), codes)
 
 
+# --------------------------------------------------------------------------------------------------
+# Buckets
+# --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("T, n", [(1000, 1), (1000, 2), (1000, 3), (1000, 4), (7, 3), (5, 5)])
-def test_bucket_is_floor_of_t_n_over_T(T, n):
+def test_with_equal_edges_the_bucket_is_floor_of_t_n_over_T(T, n):
     expected = torch.tensor([math.floor(t * n / T) for t in range(T)])
     assert torch.equal(bucket(torch.arange(T), equal_edges(n, T)), expected)
-    assert expected.min() == 0 and expected.max() == n - 1
+    assert expected.min() == 0
+    assert expected.max() == n - 1
 
 
-def test_bucket_edges():
+def test_an_edge_starts_its_bucket_and_T_belongs_to_the_last():
     edges = equal_edges(4, 1000)
     assert bucket(torch.tensor([0, 249, 250, 499, 500, 999]), edges).tolist() == [0, 0, 1, 1, 2, 3]
     assert bucket(torch.tensor([249.9, 250.0]), edges).tolist() == [0, 1]
     assert bucket(torch.tensor([999.9, 1000.0]), edges).tolist() == [3, 3]
+
+
+def test_timesteps_out_of_range_or_nan_are_refused():
+    edges = equal_edges(4, 1000)
     for wrong in (-1, 1001):
         with pytest.raises(ValueError, match="0 .. 1000"):
             bucket(torch.tensor([3, wrong]), edges)
@@ -48,124 +83,177 @@ def test_bucket_edges():
         bucket(torch.tensor([3, math.nan]), edges)
 
 
-def test_bucket_takes_any_edges_and_any_time():
+def test_buckets_of_unequal_width_and_of_times_from_0_to_1():
     t = torch.tensor([0, 9, 10, 699, 700, 1000])
     assert bucket(t, [0, 10, 700, 1000]).tolist() == [0, 0, 1, 1, 2, 2]
-    assert bucket(torch.tensor([0.0, 0.24, 0.25, 1.0]), equal_edges(4, 1)).tolist() == [0, 0, 1, 3]
+    t = torch.tensor([0.0, 0.24, 0.25, 1.0])
+    assert bucket(t, equal_edges(4, 1)).tolist() == [0, 0, 1, 3]
 
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bucket_is_exact_whatever_the_dtype(dtype):
+def test_the_bucket_is_exact_for_timesteps_of_any_dtype(dtype):
     t = torch.tensor([0, 31, 32, 100, 127]).to(dtype)
     expected = [math.floor(value * 50 / 1000) for value in t.tolist()]
     assert bucket(t, equal_edges(50, 1000)).tolist() == expected
 
 
+# --------------------------------------------------------------------------------------------------
+# Calibration
+# --------------------------------------------------------------------------------------------------
+
+
+def squared_error(grid, w):
+    """The squared error (G, O, I, K) of the weight that a grid stands for."""
+    weight = (grid.codes - grid.zero_point) * grid.s_out * grid.s_in
+    return (weight - w).square()
+
+
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
-def test_minmax_is_within_half_a_step(n_bits, shift):
+def test_minmax_is_within_half_a_step_of_each_weight(n_bits, shift):
     w = torch.randn(2, 6, 5, 9, dtype=torch.float64) + shift
-    codes, zero, s_out, s_in = minmax(w, n_bits)
-    assert codes.min() >= 0 and codes.max() <= 2**n_bits - 1 and torch.equal(codes, codes.round())
-    assert zero.min() >= 0 and zero.max() <= 2**n_bits - 1 and torch.equal(zero, zero.round())
-    assert ((codes - zero) * s_out * s_in - w).abs().le(s_out / 2 + 1e-12).all()
+    grid = minmax(w, n_bits)
+    for whole in (grid.codes, grid.zero_point):
+        assert whole.min() >= 0
+        assert whole.max() <= 2**n_bits - 1
+        assert torch.equal(whole, whole.round())
+    error = squared_error(grid, w).sqrt()
+    assert (error <= grid.s_out / 2 + 1e-12).all()
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
-def test_calibrations_lower_the_error_in_turn(n_bits):
+def test_mse_is_better_than_minmax_and_rowcol_better_than_mse(n_bits):
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(1, 32, 24, 9, generator=generator) * torch.rand(1, 1, 24, 1, generator=generator).exp()
-    w[0, 0, 0, 0] = 9.0
+    w = torch.randn(1, 32, 24, 9, generator=generator)
+    w *= torch.rand(1, 1, 24, 1, generator=generator).exp()  # columns differ
+    w[0, 0, 0, 0] = 9.0  # an outlier
     errors = []
     for name in ("minmax", "mse", "rowcol"):
-        codes, zero, s_out, s_in = CALIBRATIONS[name](w, n_bits)
-        errors.append(((codes - zero) * s_out * s_in - w).square().mean().item())
+        grid = CALIBRATIONS[name](w, n_bits)
+        errors.append(squared_error(grid, w).mean().item())
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_a_row_of_zeros_leaves_the_others_balanced():
-    generator, errors = torch.Generator().manual_seed(0), []
-    w = torch.randn(1, 33, 24, 9, generator=generator) * (2 * torch.rand(1, 1, 24, 1, generator=generator)).exp()
-    for _ in "ab":
-        codes, zero, s_out, s_in = rowcol(w, 4)
-        errors.append(((codes - zero) * s_out * s_in - w).square()[:, 1:].mean().item())
-        w[0, 0] = 0
-    assert errors[1] < 1.05 * errors[0]
+def test_a_row_of_zeros_leaves_the_other_rows_balanced():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 33, 24, 9, generator=generator)
+    w *= (2 * torch.rand(1, 1, 24, 1, generator=generator)).exp()
+    without = squared_error(rowcol(w, 4), w)[:, 1:].mean()
+    w[0, 0] = 0
+    with_zeros = squared_error(rowcol(w, 4), w)[:, 1:].mean()
+    assert with_zeros < 1.05 * without
 
 
 @pytest.mark.parametrize("calibration", sorted(CALIBRATIONS))
 @pytest.mark.parametrize("n_bits", [2, 4, 8])
-def test_rows_of_zeros_and_constants_and_outliers(calibration, n_bits):
+def test_rows_of_zeros_constant_rows_and_outliers_stay_finite(calibration, n_bits):
     layer = nn.Linear(6, 5)
     with torch.no_grad():
-        layer.weight[0], layer.weight[1], layer.weight[2], layer.weight[:, 3], layer.weight[3, 1] = 0, 0.7, -0.7, 0, 1e4
+        layer.weight[0] = 0
+        layer.weight[1] = 0.7
+        layer.weight[2] = -0.7
+        layer.weight[:, 3] = 0
+        layer.weight[3, 1] = 1e4
     model = quantize(nn.Sequential(copy.deepcopy(layer)), n_bits, calibration=calibration)
     w = model[0].dequantize()
-    assert w.isfinite().all() and (w[0] == 0).all()
+    assert w.isfinite().all()
+    assert (w[0] == 0).all()
     if calibration == "minmax":
         torch.testing.assert_close(w[:3], layer.weight[:3], rtol=1e-5, atol=1e-6)
 
 
+# --------------------------------------------------------------------------------------------------
+# The layer
+# --------------------------------------------------------------------------------------------------
+
+
+class OneLayer(nn.Module):
+    """A model of one layer, whose call takes timesteps."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, t=0):
+        return self.layer(x)
+
+
 class Plain(nn.Module):
-    """The reference: explicit dequantization of one layer, with raw scales, under autograd."""
+    """The reference: explicit dequantization of one layer under autograd, and no clever step.
+
+    layer: the quantized layer, whose integers, base scales and deltas are copied. source: the float
+    layer that it was made from. The deltas and, if source has one, the bias get gradients.
+    """
 
     def __init__(self, layer, source):
         super().__init__()
-        self.layer, self.source, g = layer, source, layer.groups
+        self.layer = layer
+        self.source = source
         o, i, *kernel = layer.shape
-        self.q = unpack(layer.codes, layer.n_bits, (o, *kernel, i)).movedim(-1, 1).double()
-        self.q -= layer.zero_point.view(-1, *[1] * (1 + len(kernel)))
-        params = lambda ds: [torch.zeros_like(d).copy_(d.detach()).requires_grad_() for d in ds]
-        self.d_out, self.d_in = params(layer.d_out), params(layer.d_in if layer.d_in is not None else [])
-        self.rows = torch.arange(o) // (o // g)  # the group of each output channel
-        self.i, self.kernel = i, kernel
+        q = unpack(layer.codes, layer.n_bits, (o, *kernel, i)).movedim(-1, 1).double()
+        zero_point = layer.zero_point.view(-1, 1, *[1 for _ in kernel])
+        self.q = q - zero_point  # (O, I, *kernel)
+        self.d_out = self.copies("d_out")
+        self.d_in = self.copies("d_in") if layer.delta("d_in", 0) is not None else None
 
-    def weight(self, b):
-        s_out = self.layer.s_out * self.d_out[b].exp()
-        s_in = self.layer.s_in * self.d_in[b].exp() if self.d_in else self.layer.s_in
-        columns = self.rows[:, None] * self.i + torch.arange(self.i)  # (O, I): the input channel of each weight
-        one = [1] * len(self.kernel)
-        return s_out.view(-1, 1, *one) * self.q * s_in[columns].view(*columns.shape, *one)
+        # columns[o, i]: the input channel that W[o, i] is multiplied by
+        group = torch.arange(o) // (o // layer.groups)  # (O,)
+        self.columns = group[:, None] * i + torch.arange(i)  # (O, I)
+
+    def copies(self, kind):
+        """The deltas of the layer, for each bucket, with gradients of their own."""
+        found = [self.layer.delta(kind, b) for b in range(self.layer.num_buckets)]
+        return [delta.detach().clone().requires_grad_() for delta in found]
+
+    def weight(self, b=None):
+        """The weight (O, I, *kernel) of bucket b; of the base if b is None."""
+        s_out = self.layer.s_out
+        s_in = self.layer.s_in
+        if b is not None:
+            s_out = s_out * self.d_out[b].exp()
+        if b is not None and self.d_in is not None:
+            s_in = s_in * self.d_in[b].exp()
+        ones = [1 for _ in self.layer.shape[2:]]
+        rows = s_out.view(-1, 1, *ones)  # (O, 1, ...)
+        columns = s_in[self.columns].view(*self.columns.shape, *ones)  # (O, I, ...)
+        return rows * self.q * columns
 
     def forward(self, x, b):
-        if isinstance(self.source, nn.Linear):
-            return F.linear(x, self.weight(b), self.source.bias)
         s = self.source
+        if isinstance(s, nn.Linear):
+            return F.linear(x, self.weight(b), s.bias)
         return F.conv2d(x, self.weight(b), s.bias, s.stride, s.padding, s.dilation, s.groups)
 
+    def sample_by_sample(self, x, buckets):
+        """The outputs for a batch x whose samples are in these buckets."""
+        return torch.cat([self(x[i : i + 1], b) for i, b in enumerate(buckets)])
 
-LAYERS = {
-    "1x1": (lambda: nn.Conv2d(5, 7, 1), (4, 5, 6, 5)),
-    "3x3": (lambda: nn.Conv2d(6, 4, 3, padding=1), (4, 6, 6, 5)),
-    "stride": (lambda: nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), (4, 3, 7, 8)),
-    "dilation": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)), (4, 3, 7, 6)),
-    "groups": (lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), (4, 6, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(5, 5, 3, padding=1, groups=5, bias=False), (4, 5, 5, 5)),
-    "same": (lambda: nn.Conv2d(3, 3, 3, padding="same", dilation=2), (4, 3, 6, 6)),
-    "valid": (lambda: nn.Conv2d(3, 3, 2, padding="valid"), (4, 3, 6, 6)),
-    "linear": (lambda: nn.Linear(7, 5), (4, 7)),
-    "tokens": (lambda: nn.Linear(6, 3), (4, 9, 6)),
-    "tokens4": (lambda: nn.Linear(6, 11, bias=False), (4, 2, 3, 6)),
-    "one": (lambda: nn.Linear(1, 1), (4, 1)),
+
+DILATED = {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)}
+LAYERS = {  # how to make each, and the shape of its input
+    "1x1": (partial(nn.Conv2d, 5, 7, 1), (4, 5, 6, 5)),
+    "3x3": (partial(nn.Conv2d, 6, 4, 3, padding=1), (4, 6, 6, 5)),
+    "stride": (partial(nn.Conv2d, 3, 5, 3, stride=2, padding=1, bias=False), (4, 3, 7, 8)),
+    "dilation": (partial(nn.Conv2d, 3, 4, (3, 2), **DILATED), (4, 3, 7, 6)),
+    "groups": (partial(nn.Conv2d, 6, 9, 3, padding=1, groups=3), (4, 6, 5, 5)),
+    "depthwise": (partial(nn.Conv2d, 5, 5, 3, padding=1, groups=5, bias=False), (4, 5, 5, 5)),
+    "same": (partial(nn.Conv2d, 3, 3, 3, padding="same", dilation=2), (4, 3, 6, 6)),
+    "valid": (partial(nn.Conv2d, 3, 3, 2, padding="valid"), (4, 3, 6, 6)),
+    "linear": (partial(nn.Linear, 7, 5), (4, 7)),
+    "tokens": (partial(nn.Linear, 6, 3), (4, 9, 6)),
+    "tokens4": (partial(nn.Linear, 6, 11, bias=False), (4, 2, 3, 6)),
+    "one": (partial(nn.Linear, 1, 1), (4, 1)),
 }
+WITH_BIAS = [name for name, (make, _) in LAYERS.items() if make().bias is not None]
 
 
 def tuned(make, n_bits, num_buckets, scales="out+in"):
-    """A quantized layer in a model that takes (x, t), its deltas no longer zero, beside the plain reference."""
+    """A quantized layer in a model, its deltas no longer zero, and the plain reference of it."""
     torch.manual_seed(0)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = make().double()
-
-        def forward(self, x, t=0):
-            return self.layer(x)
-
-    model = Model()
+    model = OneLayer(make().double())
     source = copy.deepcopy(model.layer)
     quantize(model, n_bits, num_buckets, scales=scales, keep8=())
     with torch.no_grad():
@@ -174,45 +262,154 @@ def tuned(make, n_bits, num_buckets, scales="out+in"):
     return model, Plain(model.layer, source)
 
 
+def deltas_beside_references(model, plain):
+    """For each bucket, its deltas in the layer, each with that of the reference."""
+    pairs = []
+    for b in range(model.layer.num_buckets):
+        of_bucket = [(model.layer.delta("d_out", b), plain.d_out[b])]
+        if plain.d_in is not None:
+            of_bucket.append((model.layer.delta("d_in", b), plain.d_in[b]))
+        pairs.append(of_bucket)
+    return pairs
+
+
+TIMESTEPS = {
+    "one": [10, 20, 30, 40],
+    "mixed": [999, 0, 600, 10],
+    "high": [600, 600, 999, 600],
+}
+SCALE_SETS = [
+    (1, "out+in"),
+    (2, "out+in"),
+    (4, "out+in"),
+    (1, "out"),
+    (3, "out"),
+]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("t", [[10, 20, 30, 40], [999, 0, 600, 10], [600, 600, 999, 600]], ids=["one", "mixed", "high"])
-@pytest.mark.parametrize("num_buckets, scales", [(1, "out+in"), (2, "out+in"), (4, "out+in"), (1, "out"), (3, "out")])
-def test_layer_matches_dequantization_under_autograd(name, n_bits, t, num_buckets, scales):
+@pytest.mark.parametrize("t", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+@pytest.mark.parametrize("num_buckets, scales", SCALE_SETS)
+def test_outputs_and_gradients_equal_dequantization_under_autograd(
+    name, n_bits, t, num_buckets, scales
+):
     make, shape = LAYERS[name]
     model, plain = tuned(make, n_bits, num_buckets, scales)
     t = torch.tensor(t)
+    b = bucket(t, equal_edges(num_buckets, 1000)).tolist()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     x2 = x.detach().clone().requires_grad_()
+
     y = model(x, t)
-    b = bucket(t, equal_edges(num_buckets, 1000)).tolist()
-    y2 = torch.cat([plain(x2[i:i + 1], b[i]) for i in range(len(b))])  # sample by sample
+    y2 = plain.sample_by_sample(x2, b)
     torch.testing.assert_close(y, y2, **CLOSE)
+
     g = torch.randn_like(y)
-    y.backward(g), y2.backward(g)
+    y.backward(g)
+    y2.backward(g)
     torch.testing.assert_close(x.grad, x2.grad, **CLOSE)
-    for i in range(num_buckets):
-        for mine, reference in [(model.layer.d_out, plain.d_out)] + [(model.layer.d_in, plain.d_in)] * (scales == "out+in"):
+    for i, of_bucket in enumerate(deltas_beside_references(model, plain)):
+        for mine, reference in of_bucket:
             if i in b:
-                torch.testing.assert_close(mine[i].grad, reference[i].grad, **CLOSE)
+                torch.testing.assert_close(mine.grad, reference.grad, **CLOSE)
             else:
-                assert mine[i].grad is None and reference[i].grad is None
+                assert mine.grad is None
+                assert reference.grad is None
+
+
+@pytest.mark.parametrize("name", WITH_BIAS)
+@pytest.mark.parametrize("t", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+def test_a_bias_made_trainable_gets_the_gradient_of_the_reference(name, t):
+    make, shape = LAYERS[name]
+    model, plain = tuned(make, 4, 2)
+    model.layer.bias.requires_grad_(True)
+    t = torch.tensor(t)
+    b = bucket(t, equal_edges(2, 1000)).tolist()
+    x = torch.randn(shape, dtype=torch.float64)
+
+    y = model(x, t)
+    y2 = plain.sample_by_sample(x, b)
+    g = torch.randn_like(y)
+    y.backward(g)
+    y2.backward(g)
+    torch.testing.assert_close(model.layer.bias.grad, plain.source.bias.grad, **CLOSE)
+    for i in set(b):
+        # y - bias is what a delta's gradient needs: it must not change with who trains the bias
+        grad = model.layer.delta("d_out", i).grad
+        torch.testing.assert_close(grad, plain.d_out[i].grad, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "linear"])
-def test_unbatched_and_no_input_gradient(name):
+def test_an_input_without_a_batch_and_without_a_gradient(name):
     make, shape = LAYERS[name]
     model, plain = tuned(make, 4, 1)
     x = torch.randn(shape[1:], dtype=torch.float64)
-    y, y2 = model(x), plain(x, 0)
+    y = model(x)
+    y2 = plain(x, 0)
     torch.testing.assert_close(y, y2, **CLOSE)
-    y.square().sum().backward(), y2.square().sum().backward()
-    torch.testing.assert_close(model.layer.d_in[0].grad, plain.d_in[0].grad, **CLOSE)
+    y.square().sum().backward()
+    y2.square().sum().backward()
+    grad = model.layer.delta("d_in", 0).grad
+    torch.testing.assert_close(grad, plain.d_in[0].grad, **CLOSE)
 
 
 def test_no_float_weight_is_kept_for_backward():
-    model, _ = tuned(lambda: nn.Linear(64, 64, bias=False), 4, 1)
-    x, kept = torch.randn(2, 64, dtype=torch.float64), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a.numel()) or a, lambda a: a):
+    model, _ = tuned(partial(nn.Linear, 64, 64, bias=False), 4, 1)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    kept = []
+
+    def note_size(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    def give_back(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note_size, give_back):
         model(x)
-    assert kept and max(kept) <= 2 * 64
+    assert kept
+    assert max(kept) <= 2 * 64
+
+
+SETTINGS = {
+    nn.Linear: ["in_features", "out_features"],
+    nn.Conv2d: [
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_quantized_layer_answers_like_the_one_it_replaced(name):
+    make, _ = LAYERS[name]
+    model, plain = tuned(make, 3, 2)
+    layer = model.layer
+    source = plain.source
+    for setting in SETTINGS[type(source)]:
+        assert getattr(layer, setting) == getattr(source, setting), setting
+    assert layer.weight.shape == source.weight.shape
+    assert layer.weight.dtype == source.weight.dtype
+    torch.testing.assert_close(layer.weight, plain.weight(), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_made_smaller_has_weights_of_that_dtype_and_the_same_scales(dtype):
+    model = quantize(OneLayer(nn.Linear(3, 2)), 4, 2)
+    before = model.layer.dequantize()
+    model.to(dtype)
+    assert model.layer.weight.dtype == dtype
+    assert torch.equal(model.layer.dequantize(dtype=torch.float32), before)
+
+
+def test_repr_shows_shape_bits_and_buckets():
+    conv, _ = tuned(LAYERS["3x3"][0], 3, 2)
+    linear, _ = tuned(LAYERS["tokens4"][0], 8, 1)
+    assert "QuantConv2d(4x6x3x3, n_bits=3, num_buckets=2, bias=True)" in repr(conv)
+    assert "QuantLinear(11x6, n_bits=8, num_buckets=1, bias=False)" in repr(linear)

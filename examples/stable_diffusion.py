@@ -1,0 +1,409 @@
+"""TuneQDM for the UNet of Stable Diffusion 1.x or 2.x: fine-tune it to a subject as DreamBooth does
+(Ruiz et al. 2023), and train nothing but the scales of its quantized weights.
+
+    pip install -r examples/requirements.txt
+    python examples/stable_diffusion.py --model PATH_OR_NAME --subject FOLDER \\
+        --prompt "a photo of sks dog" \\
+        --class-prompt "a photo of a dog" --class-images FOLDER
+    python examples/stable_diffusion.py --model PATH_OR_NAME --sample "sks dog on a beach"
+
+First the UNet is quantized and written to base.pt: once for each model, for all its subjects
+(--base). That takes a minute on a GPU and an hour on a CPU; --calibration minmax is quicker and
+coarser. Then the VAE encodes every image once, the text encoder the two prompts, and both are
+dropped. A training step adds noise to latents of the subject and of its class, asks the UNet for
+the noise of both in one batch, and moves the scales of the timestep buckets in the batch:
+
+    loss = MSE(subject) + prior * MSE(class)
+
+The images of the class, photographed or drawn by the model, keep it from taking every dog for the
+subject. Without them there is only the first term. adapter.pt holds the result: the scales, about a
+megabyte for each bucket.
+
+The learning rate is DiffFit's for scale factors (Xie et al. 2023); it wasn't tuned on real weights.
+The same seed gives the same adapter on a CPU; on a GPU, PyTorch's attention sums in no fixed order.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from calibrate import CALIBRATIONS
+from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
+from runtime import Loop, Parser, claim, describe, guard, load, load_state, save, write_png
+
+try:
+    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+except (ImportError, RuntimeError) as error:
+    reason = str(error).split("\n")[-1]
+    print(f"{reason}; try pip install -r examples/requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def arguments():
+    parser = Parser(description="TuneQDM for Stable Diffusion 1.x and 2.x")
+    parser.add_argument(
+        "--model", required=True, help="a folder, or a name on the Hugging Face Hub"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/stable-diffusion"), help="a folder")
+    parser.add_argument("--base", type=Path, help="the quantized UNet (default: base.pt in --out)")
+    parser.number("--seed", int, 0, 2**62, 0, "seed of everything random")
+    parser.device()
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--subject", type=Path, help="a folder with images of the subject")
+    data.add_argument("--prompt", help="names it by a rare word: 'a photo of sks dog'")
+    data.add_argument("--class-images", type=Path, help="a folder with images of its class")
+    data.add_argument("--class-prompt", help="names the class: 'a photo of a dog'")
+
+    quantizer = parser.add_argument_group("quantizer")
+    parser.number("--bits", int, 2, 8, 4, "bits of a weight", quantizer)
+    parser.number("--buckets", int, 1, 1000, 2, "scale sets over the timesteps", quantizer)
+    quantizer.add_argument("--calibration", choices=CALIBRATIONS, default="rowcol")
+
+    run = parser.add_argument_group("training")
+    parser.number("--steps", int, 1, 10**7, 800, "optimizer steps", run)
+    parser.number("--lr", float, 0, 10, 1e-3, "learning rate of the relative scales", run)
+    parser.number("--batch", int, 1, 1024, 1, "images of the subject in a step", run)
+    parser.number("--prior", float, 0, 100, 1.0, "weight of the class images' loss", run)
+    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    run.add_argument(
+        "--no-checkpoint",
+        dest="checkpoint",
+        action="store_false",
+        help="keep all activations for backward: quicker steps, more memory",
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--sample", metavar="PROMPT", help="draw this with the adapter in --out")
+    parser.number("--n", int, 1, 1000, 8, "images", sampling)
+    parser.number("--sample-steps", int, 1, 500, 50, "steps of the sampler", sampling)
+    parser.number("--guidance", float, 1, 100, 7.5, "classifier-free guidance", sampling)
+
+    args = parser.parse_args()
+    args.base = args.base or args.out / "base.pt"
+    if bool(args.subject) == bool(args.sample):
+        parser.error("give --subject FOLDER to train, or --sample PROMPT to draw")
+    if args.subject and not args.prompt:
+        parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
+    if bool(args.class_images) != bool(args.class_prompt):
+        parser.error("--class-images and --class-prompt belong together; give both, or neither")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# The pipeline, and what training needs of it
+# --------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(kind, name, dtype=torch.float32, **options):
+    """kind.from_pretrained, whose many errors become one sentence (ValueError)."""
+    try:
+        pipeline = StableDiffusionPipeline.load_config(name)["_class_name"]
+        if pipeline == "StableDiffusionPipeline":
+            return kind.from_pretrained(name, dtype=dtype, low_cpu_mem_usage=False, **options)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--model {name} can't be read ({reason}); "
+            "give a folder that save_pretrained wrote, or a name on the Hugging Face Hub"
+        ) from None
+    raise ValueError(
+        f"--model {name} is a {pipeline}; give a StableDiffusionPipeline, "
+        "which is Stable Diffusion 1.x or 2.x (SDXL has a second text encoder)"
+    )
+
+
+def load_pipeline(name, unet=None):
+    """The pipeline around this UNet, or without one."""
+    without = {"safety_checker": None, "requires_safety_checker": False}
+    pipe = from_pretrained(StableDiffusionPipeline, name, unet=unet, **without)
+    predicts = pipe.scheduler.config.prediction_type
+    if predicts not in ("epsilon", "v_prediction"):
+        raise ValueError(f"--model {name} predicts {predicts}, neither epsilon nor v_prediction")
+    return pipe
+
+
+def read_image(path, size):
+    """The image's middle square: (1, 3, size, size) in [-1, 1]."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except Exception:
+        raise ValueError(f"{path} is no image that can be read; remove or replace it") from None
+    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image))  # (size, size, 3), uint8
+    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(pipe, folder, prompt, size):
+    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
+    if not paths:
+        raise ValueError(f"{folder} holds no images ({' '.join(IMAGES)}); give a folder that does")
+    tokens = len(pipe.tokenizer(prompt).input_ids)
+    if tokens > pipe.tokenizer.model_max_length:
+        raise ValueError(f"'{prompt}' has {tokens} tokens, too many for the model; shorten it")
+
+    latents = []
+    for path in tqdm(paths, f"encoding {folder.name}", leave=False):
+        image = read_image(path, size).to(pipe.device)
+        latents.append(pipe.vae.encode(image).latent_dist.mean.cpu())
+    latents = torch.cat(latents) * pipe.vae.config.scaling_factor
+    words, _ = pipe.encode_prompt(prompt, pipe.device, 1, do_classifier_free_guidance=False)
+    return latents, words.cpu()
+
+
+# --------------------------------------------------------------------------------------------------
+# The quantized UNet
+# --------------------------------------------------------------------------------------------------
+
+
+def made_by(args):
+    """The flags that decide what is in base.pt."""
+    return {"model": args.model, "bits": args.bits, "calibration": args.calibration}
+
+
+def make_base(args, T):
+    """Quantize the UNet of --model and write it to --base, without deltas.
+
+    In float16 the UNet takes 1.7 GB of a GPU. quantize computes in float32, and so are all scales.
+    """
+    print(f"quantizing the UNet of {args.model} to {args.base}, once", flush=True)
+    unet = from_pretrained(UNet2DConditionModel, args.model, torch.float16, subfolder="unet")
+    config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    unet.to(args.device)
+    quantize(unet, args.bits, T=T, calibration=args.calibration)
+    unet.float()
+    state = unet.state_dict()
+    for name in deltas(unet):
+        del state[name]
+    base = {
+        "kind": "Stable Diffusion base",
+        "made": made_by(args),
+        "config": config,
+        "T": T,
+        "unet": state,
+    }
+    save(base, args.base)
+
+
+def build(base, num_buckets):
+    """The quantized UNet of a base.pt, with all deltas zero."""
+    unet = UNet2DConditionModel.from_config(base["config"])
+    # quantize its random weights, for layers of the right shapes, and fill these
+    bits = base["made"]["bits"]
+    quantize(unet, bits, num_buckets, base["T"], calibration="minmax", timestep="timestep")
+    unet.quant_config["calibration"] = base["made"]["calibration"]
+    unet.load_state_dict({**unet.state_dict(), **base["unet"]})
+    return unet
+
+
+def checkpoint_blocks(unet):
+    """Keep only the inputs of the UNet's blocks for backward, which runs each block again.
+
+    By then the UNet's call is over, and with it what its layers were told of the batch's timesteps.
+    remember tells them again.
+    """
+
+    def run(block, *inputs):
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=remember)
+
+    unet.enable_gradient_checkpointing(run)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_batch(data, n, generator):
+    """n latents of each part of data, one part after the other, and the prompts beside them."""
+    x0 = []
+    words = []
+    for latents, prompt in data:
+        pick = torch.randint(len(latents), (n,), generator=generator)
+        x0.append(latents[pick])
+        words.append(prompt.expand(n, -1, -1))
+    return torch.cat(x0), torch.cat(words)
+
+
+def tune(unet, noise, data, args, state=None):
+    """Train the deltas of unet.
+
+    noise: a DDPMScheduler. data: latents and prompt of the subject and, if there are images of it,
+    of the class, as encode returns them. state: the state.pt of a stopped run, to go on from.
+    """
+    T = noise.config.num_train_timesteps
+    trained = deltas(unet)
+    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
+    generator = torch.Generator().manual_seed(args.seed)  # of every random draw, on the CPU
+    first = 0
+    if state is not None:
+        first = state["step"]
+        with torch.no_grad():
+            for name, delta in trained.items():
+                delta.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+
+    def save_state(step):
+        state = {
+            "kind": "Stable Diffusion state",
+            "step": step,
+            "args": describe(args),
+            "trained": trained,
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+        save(state, args.out / "state.pt")
+
+    # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
+    shown = equal_edges(args.buckets if args.buckets > 1 else 4, T)
+    loop = Loop("tuning", args, first, shown, save_state)
+    # fmt: off
+    for step in loop:
+        warm_up = min(1, (step + 1) / 20)
+        optimizer.param_groups[0]["lr"] = args.lr * warm_up * (1 - step / args.steps)
+
+        # B latents of the subject and, with prior preservation, B of the class behind them
+        x0, words = draw_batch(data, args.batch, generator)             # (2B, 4, h, w), (2B, 77, C)
+        t = torch.randint(T, (len(x0),), generator=generator)           # (2B,)
+        eps = torch.randn(x0.shape, generator=generator)                # (2B, 4, h, w)
+        x_t = noise.add_noise(x0, eps, t)                               # (2B, 4, h, w)
+        target = eps
+        if noise.config.prediction_type == "v_prediction":
+            target = noise.get_velocity(x0, eps, t)                     # (2B, 4, h, w)
+        x_t, t, words, target = [a.to(args.device) for a in (x_t, t, words, target)]
+
+        with torch.autocast(args.device, torch.bfloat16):
+            predicted = unet(x_t, t, words).sample                      # (2B, 4, h, w)
+        error = (predicted.float() - target).square().mean((1, 2, 3))   # (2B,)
+        loss = error[:args.batch].mean()
+        if len(data) == 2:
+            loss = loss + args.prior * error[args.batch:].mean()
+        loop.watch(error, t)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # fmt: on
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took of the GPU, or the process of main memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def train(args):
+    state = load_state(args, "Stable Diffusion state") if args.resume else None
+    pipe = load_pipeline(args.model).to(args.device)
+    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    latent_size = UNet2DConditionModel.load_config(args.model, subfolder="unet")["sample_size"]
+    size = latent_size * pipe.vae_scale_factor  # of an image
+    data = [encode(pipe, args.subject, args.prompt, size)]
+    if args.class_images:
+        data.append(encode(pipe, args.class_images, args.class_prompt, size))
+    del pipe  # and with it the VAE and the text encoder
+
+    if not args.base.exists():
+        make_base(args, noise.config.num_train_timesteps)
+    base = load(args.base, "Stable Diffusion base")
+    if base["made"] != made_by(args):
+        flags = " ".join(f"--{key} {value}" for key, value in base["made"].items())
+        raise ValueError(f"{args.base} was made with {flags}; give the same, or another --base")
+    unet = build(base, args.buckets).to(args.device)
+    if args.checkpoint:
+        checkpoint_blocks(unet)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    tune(unet, noise, data, args, state)
+
+    path = args.out / "adapter.pt"
+    save({"kind": "adapter", "buckets": args.buckets, **adapter(unet)}, path)
+    count = sum(delta.numel() for delta in deltas(unet).values())
+    print(f"wrote {path}: {count:,} scales in {path.stat().st_size / 1e6:.2f} MB")
+    print(f"peak memory {peak_memory(args.device) / 1e9:.2f} GB ({args.device})")
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw(args):
+    """Draw images of --sample by the pipeline's own scheduler, and write them as a grid.
+
+    The pipeline gives the UNet one timestep for all samples, so a call takes one bucket's scales.
+    Weights stay packed: the 3.4 GB of float weights never exist.
+    """
+    subject = load(args.out / "adapter.pt", "adapter")
+    base = load(args.base, "Stable Diffusion base")
+    unet = build(base, subject["buckets"])
+    load_adapter(unet, subject)
+    pipe = load_pipeline(args.model, unet).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    # one by one, so that an image depends on the seed and its number only
+    for number in tqdm(range(args.n), "drawing", leave=False):
+        with torch.autocast(args.device, torch.bfloat16):
+            images += pipe(
+                args.sample,
+                num_inference_steps=args.sample_steps,
+                guidance_scale=args.guidance,
+                generator=torch.Generator().manual_seed(args.seed + number),
+            ).images
+    path = args.out / "sample.png"
+    save(to_grid(images), path, write_png)
+    print(f"wrote {path}: {args.n} images of '{args.sample}'")
+
+
+def to_grid(images, columns=4):
+    """One image of many, all of one size."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)  # rounded up
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        grid.paste(image, (column * width, row * height))
+    return grid
+
+
+def main():
+    args = arguments()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    args.base.parent.mkdir(parents=True, exist_ok=True)
+    lock = claim(args.out)
+    if args.subject:
+        train(args)
+    else:
+        draw(args)
+    lock.close()
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,104 @@
+"""What TuneQDM is compared with: LoRA, and the same scales trained the plain way.
+
+Each baseline changes a model in place, as quant.quantize does, and returns it. Only what is new
+trains.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from calibrate import minmax
+from quant import quantize
+
+
+class LoRA(nn.Module):
+    """y = layer(x) + B(A(x)): a frozen Conv2d or Linear beside a path of low rank (Hu et al. 2021).
+
+    A has the layer's kernel, B a kernel of 1. B starts at zero, so training starts at the layer
+    itself.
+    """
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        c_out, c_in = layer.weight.shape[:2]
+        if isinstance(layer, nn.Conv2d):
+            window = (layer.kernel_size, layer.stride, layer.padding)
+            self.lora_a = nn.Conv2d(c_in, rank, *window, bias=False)
+            self.lora_b = nn.Conv2d(rank, c_out, 1, bias=False)
+        else:
+            self.lora_a = nn.Linear(c_in, rank, bias=False)
+            self.lora_b = nn.Linear(rank, c_out, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.lora_b(self.lora_a(x))
+
+
+class PlainLayer(nn.Module):
+    """A layer of TuneQDM as the authors write it: int8 codes, dequantized under autograd.
+
+    It trains the scales themselves, those of columns only if train_in. Autograd keeps a float copy
+    of the weight for each step of the dequantization.
+    """
+
+    def __init__(self, layer, train_in):
+        super().__init__()
+        weight = layer.weight.detach()  # (O, I, *kernel)
+        o, i, *kernel = weight.shape
+        ones = [1] * len(kernel)
+        grid = minmax(weight.reshape(1, o, i, -1), n_bits=4)
+        self.register_buffer("codes", grid.codes.view(weight.shape).to(torch.int8))
+        self.register_buffer("zero_point", grid.zero_point.view(o, 1, *ones))
+        self.s_out = nn.Parameter(grid.s_out.view(o, 1, *ones))
+        self.s_in = nn.Parameter(grid.s_in.view(1, i, *ones)) if train_in else None
+        self.bias = layer.bias  # which swap has frozen
+        self.is_conv = isinstance(layer, nn.Conv2d)
+        if self.is_conv:
+            self.stride = layer.stride
+            self.padding = layer.padding
+
+    def forward(self, x):
+        w = (self.codes - self.zero_point) * self.s_out  # (O, I, *kernel)
+        if self.s_in is not None:
+            w = w * self.s_in
+        if self.is_conv:
+            return F.conv2d(x, w, self.bias, self.stride, self.padding)
+        return F.linear(x, w, self.bias)
+
+
+def swap(model, make):
+    """Freeze model, and put make(layer) in place of each of its Conv2d and Linear layers."""
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            model.set_submodule(name, make(layer))
+    return model
+
+
+def lora(model, rank):
+    """LoRA on the float model."""
+    return swap(model, partial(LoRA, rank=rank))
+
+
+def lora_packed(model, rank, n_bits=4, calibration="minmax"):
+    """LoRA on the quantized model, with packed integers (as QLoRA, Dettmers et al. 2023)."""
+    lora(model, rank)
+    quantize(
+        model,
+        n_bits,
+        scales="out",
+        calibration=calibration,
+        keep_float=["*.lora_a", "*.lora_b"],
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def plain(model, train_in):
+    """TuneQDM as the authors write it, or PEQA if columns aren't trained."""
+    return swap(model, partial(PlainLayer, train_in=train_in))

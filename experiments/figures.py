@@ -1,0 +1,272 @@
+"""The figures: python experiments/figures.py --log experiments/runs.jsonl
+
+They are drawn from the runs of the table of one subject: the bytes from the log, the others from
+what the runs of bix, seed 0, left in out/. They are written to experiments/figures.
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from data import toy
+from quant import bucket
+from runs import DIFFUSION, MINE, SUBJECTS, draw_prompts, lines, losses, parse_with_log, prepare
+from runtime import BASE, Parser, guard, load, save
+from sample import sample
+
+SUBJECT = "bix"  # the subject of the figures that show one
+
+
+def restored(args, name, subject=SUBJECT, seed=0):
+    """The model of a row, fine-tuned if the row says so, and its run's arguments.
+
+    Raises ValueError if the run's files aren't there.
+    """
+    model, run = prepare(args, SUBJECTS[name], subject, seed)
+    if run.steps > 0:
+        state = run.out / "state.pt"
+        if not state.exists():
+            raise ValueError(
+                f"no '{name}' of {subject} in {run.out.parent}; first run "
+                f"python experiments/tables.py subjects --subjects {subject} without --log"
+            )
+        model.load_state_dict(load(state, "fine-tuning")["trained"], strict=False)
+    return model.eval(), run
+
+
+def hide_ticks(axis):
+    """An image needs no scale."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+# --------------------------------------------------------------------------------------------------
+# Images of each method
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_samples(args):
+    """A column for each method, a row for each prompt."""
+    names = [
+        "the base",
+        "full precision",
+        "untuned, 4 bits",
+        "PEQA, 4 bits",
+        MINE,
+        "LoRA r = 2, packed base, 4 bits",
+    ]
+    figure, axes = plt.subplots(1, len(names), figsize=(8, 9))
+    for axis, name in zip(axes, names):
+        model, run = restored(args, name)
+        images = draw_prompts(model, run)
+        column = toy.to_grid(torch.stack(list(images.values())), 1)
+        axis.imshow(column)
+        axis.set_title(name.replace(", ", "\n"), fontsize=8)
+        hide_ticks(axis)
+
+    labels = [prompt.replace(" and", "\nand").replace(" on", "\non") for prompt in images]
+    middles = (torch.arange(len(labels)) + 0.5) * column.height / len(labels)
+    axes[0].set_yticks(middles, labels, fontsize=8)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# What scales can express of a change of weights
+# --------------------------------------------------------------------------------------------------
+
+
+class Explained(NamedTuple):
+    """The change of weights that scales of one kind come nearest to a given change with."""
+
+    change: Tensor  # (O, I), relative: that of each kernel
+    share: Tensor  # of the given change's variance that it explains, a number
+
+
+def explained(w, dw, rounds=50):
+    """What scales of three kinds explain of a change dw of weights w, both (O, I, K).
+
+    The kinds: a scale for each kernel; s_out; s_out x s_in. Each is fitted by least squares:
+    change * w to dw.
+    """
+    ww = w.square().sum(2)  # (O, I)
+    wd = (w * dw).sum(2)  # (O, I)
+    each_kernel = wd / ww
+    rows = wd.sum(1, True) / ww.sum(1, True)  # (O, 1)
+
+    # |w + dw - s_out s_in w|^2 is least in s_out while s_in stays as it is, and the other way round
+    target = ww + wd
+    s_in = torch.ones_like(w[:1, :, 0])  # (1, I)
+    for _ in range(rounds):
+        s_out = (target * s_in).sum(1, True) / (ww * s_in.square()).sum(1, True)  # (O, 1)
+        s_in = (target * s_out).sum(0, True) / (ww * s_out.square()).sum(0, True)  # (1, I)
+
+    kinds = []
+    for change in (each_kernel, rows.expand_as(ww), s_out * s_in - 1):
+        rest = dw - change[..., None] * w
+        kinds.append(Explained(change, 1 - rest.square().sum() / dw.square().sum()))
+    return kinds
+
+
+def draw_weights(args, name="middle.0.conv1"):
+    """What full fine-tuning does to a layer, and what of it scales can express."""
+    before = restored(args, "the base")[0].state_dict()
+    after = restored(args, "full precision")[0].state_dict()
+    layers = {}  # the three kinds for each 3x3 convolution
+    for key, w in before.items():
+        if w.shape[2:] == (3, 3):
+            layers[key] = explained(w.flatten(2), (after[key] - w).flatten(2))
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    titles = ("each kernel's best scale", "s_out alone", "s_out x s_in")
+    for kind, (axis, title) in enumerate(zip(axes, titles)):
+        change, share = layers[f"{name}.weight"][kind]
+        median = torch.stack([kinds[kind].share for kinds in layers.values()]).median()
+        shown = axis.imshow(change, cmap="RdBu", vmin=-0.2, vmax=0.2)
+        axis.set_title(
+            f"{title}: {share:.1%} of the change\n(3x3 convolutions: median {median:.1%})",
+            fontsize=10,
+        )
+        axis.set_xlabel("input channel")
+        axis.set_ylabel("output channel")
+    figure.colorbar(shown, ax=axes, label="relative change")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss by timestep
+# --------------------------------------------------------------------------------------------------
+
+
+def new_scenes(n, generator):
+    """The subject in n places and before n backgrounds: images (n, 3, 16, 16), captions (n, L)."""
+    parts = toy.read_parts(BASE.parent / "subjects" / SUBJECT)
+    _, _, parts_of_sprites = toy.sprites()
+    (number,) = (parts_of_sprites == parts).all(1).nonzero()
+    sprite = number.expand(n)
+    y, x = torch.tensor(toy.SPOTS)[torch.randint(len(toy.SPOTS), (n,), generator=generator)].T
+    background = torch.randint(len(toy.backgrounds()), (n,), generator=generator)
+    images = toy.render(background, [(sprite, y, x)])
+
+    captions = []  # one for each background, in the order of toy.backgrounds
+    for color, pattern in product(toy.COLORS, toy.PATTERNS):
+        captions.append(toy.caption(f"sks creature on {color} {pattern}"))
+    return images, torch.tensor(captions)[background]
+
+
+def draw_losses(args, bins=25, each=40):
+    """Loss by timestep on the subject, in new places and before new backgrounds."""
+    generator = torch.Generator().manual_seed(1)
+    x0, words = new_scenes(bins * each, generator)
+    middles = (torch.arange(bins) + 0.5) * DIFFUSION.T / bins
+    t = middles.long().repeat_interleave(each)  # (bins * each,)
+
+    figure, axis = plt.subplots(figsize=(6.5, 3.5))
+    for name in ("the base", "untuned, 4 bits", "PEQA, 4 bits", MINE, "full precision"):
+        model, _ = restored(args, name)
+        noise = generator.manual_seed(2)  # the same for all
+        loss = losses(model, x0, words, t, noise)
+        axis.semilogy(t[::each], loss.view(bins, each).mean(1), label=name)
+    axis.set_xlabel("timestep")
+    axis.set_ylabel("squared error of v")
+    axis.legend(fontsize=8)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_bytes(args):
+    """The bytes of a subject against its fidelity, a line for each method."""
+    points = {}  # method: (bytes, mean, standard deviation) of each width
+    for row in SUBJECTS.values():
+        runs = lines(args.log, row=row.name)
+        if not runs or not row.trains:
+            continue
+        parts = torch.tensor([run["parts"] for run in runs])
+        sd, mean = torch.std_mean(parts, correction=0)
+        total = runs[0]["bytes"] + runs[0]["base bytes"]
+        points.setdefault(row.method, []).append((total, mean, sd))
+
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for method, of_method in points.items():
+        totals, means, sds = zip(*sorted(of_method))
+        axis.errorbar(totals, means, sds, fmt="o-", capsize=2, label=method)
+    axis.set_xscale("log")
+    axis.set_xlabel("the base and one subject, MB (from left: 2, 3, 4, 8 bits)")
+    axis.set_ylabel("parts right")
+    axis.set_xticks([1e6, 2e6, 5e6, 1e7], ["1", "2", "5", "10"])
+    axis.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# One image, step by step
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_denoising(args, steps=12):
+    """One image step by step: what the model sees and expects, and the bucket of its scales."""
+    model, _ = restored(args, "TuneQDM, N = 2, 4 bits")
+    seen = []
+
+    def look(_, inputs, v):
+        x, t, _ = inputs
+        x0, _ = DIFFUSION.to_x0_eps(v, x, t)
+        seen.append((x, t, x0))
+
+    model.register_forward_hook(look)
+    words = torch.tensor([toy.caption("sks creature on blue stripes")])
+    sample(model, words, steps, cfg_scale=1, packed=True)
+
+    figure, axes = plt.subplots(2, steps, figsize=(steps, 2.4))
+    for (x, t, x0), column in zip(seen, axes.T):
+        b = int(bucket(t, model.quant_config["edges"]))
+        for axis, image in zip(column, (x, x0)):
+            axis.imshow(toy.to_grid(image, 1))
+            hide_ticks(axis)
+            axis.spines[:].set(color=f"C{b}", linewidth=3)
+        column[0].set_title(f"t = {int(t)}\nbucket {b}", fontsize=8)
+    axes[0, 0].set_ylabel("x_t", fontsize=8)
+    axes[1, 0].set_ylabel("its x0", fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "samples": draw_samples,
+    "weights": draw_weights,
+    "losses": draw_losses,
+    "bytes": draw_bytes,
+    "denoising": draw_denoising,
+}
+
+
+def write_figure(figure, file):
+    """What save writes a figure with."""
+    figure.savefig(file, format="png", dpi=80, bbox_inches="tight")
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    args = parse_with_log(parser)
+    folder = Path(__file__).resolve().parent / "figures"
+    if args.quick:
+        folder = Path("out") / args.log.stem
+    for name, draw in FIGURES.items():
+        path = folder / f"{name}.png"
+        figure = draw(args)
+        save(figure, path, write_figure)
+        plt.close(figure)
+        print(f"wrote {path}: {draw.__doc__}")
+
+
+if __name__ == "__main__":
+    guard(main)

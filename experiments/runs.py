@@ -1,0 +1,335 @@
+"""What the tables and figures are made of: the methods, runs of train.py, and the log of them.
+
+A row of a table is a method, given by flags of train.py. A run is a row, a subject and a seed: the
+model is made, fine-tuned to the subject and scored. Each finished run is a line of the log. Its
+files are in out/NAME, if the log is NAME.jsonl.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+import train
+from baselines import lora_packed
+from data import toy
+from data.score import score
+from model import Diffusion
+from quant import QuantLayer, adapter, deltas, quantize
+from runtime import BASE, file_size, load_model
+from sample import sample
+
+DIFFUSION = Diffusion()
+
+# --------------------------------------------------------------------------------------------------
+# Rows: the methods
+# --------------------------------------------------------------------------------------------------
+
+
+WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is done to the base.
+
+    The log knows it by its name.
+    """
+
+    name: str
+    bits: int = 4  # of a weight; 32 is float
+    flags: str = ""  # the other flags of train.py
+    method: str = ""  # the name without the bits
+    lora: bool = False  # train LoRA on the packed base, and no scales
+    raw_scales: bool = False  # train the scales themselves, and not their deltas
+    log_snr_edges: bool = False  # cut the timesteps where buckets are even in log-SNR
+
+    @property
+    def trains(self) -> bool:
+        return "--steps 0" not in self.flags
+
+
+def by_name(rows: list[Row]) -> dict[str, Row]:
+    """The rows by their names."""
+    return {row.name: row for row in rows}
+
+
+def rows_of_subjects() -> list[Row]:
+    """The rows of the tables of one subject: two float ones, then every method at every width."""
+    rows = [
+        Row("the base", bits=32, flags="--steps 0", method="the base"),
+        Row("full precision", bits=32, method="full precision"),
+    ]
+    methods = {
+        "untuned": "--steps 0",
+        "PEQA": "--scales out",
+        "PEQA + TAS, N = 2": "--scales out --buckets 2",
+        "TuneQDM, N = 1": "",
+        "TuneQDM, N = 2": "--buckets 2",
+        "TuneQDM, N = 4": "--buckets 4",
+        "LoRA r = 2, packed base": "--lr 0.003",
+    }
+    for bits in WIDTHS:
+        for method, flags in methods.items():
+            name = f"{method}, {bits} bits"
+            rows.append(Row(name, bits, flags, method, lora=method.startswith("LoRA")))
+    return rows
+
+
+def together(row: Row) -> Row:
+    """The row for several subjects at once."""
+    return replace(row, name=f"{row.name}, together", flags=f"{row.flags} --steps 2000")
+
+
+MINE = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
+SUBJECTS = by_name(rows_of_subjects())
+SEVERAL = by_name(
+    [
+        together(SUBJECTS["full precision"]),
+        together(SUBJECTS["PEQA, 4 bits"]),
+        together(SUBJECTS[MINE]),
+        together(SUBJECTS["TuneQDM, N = 2, 4 bits"]),
+    ]
+)
+ABLATIONS = by_name(
+    [
+        SUBJECTS[MINE],
+        SUBJECTS["TuneQDM, N = 2, 4 bits"],
+        SUBJECTS["TuneQDM, N = 4, 4 bits"],
+        Row("N = 8", flags="--buckets 8"),
+        Row("N = 4, edges even in log-SNR", flags="--buckets 4", log_snr_edges=True),
+        Row("calibration: mse", flags="--calibration mse"),
+        Row("calibration: minmax", flags="--calibration minmax"),
+        Row("raw scales, lr 3e-6", flags="--lr 3e-6", raw_scales=True),
+        Row("raw scales, lr 3e-4", flags="--lr 3e-4", raw_scales=True),
+        Row("raw scales, lr 1e-3", flags="--lr 1e-3", raw_scales=True),
+        Row("lr 0.01", flags="--lr 0.01"),
+        Row("lr 0.1", flags="--lr 0.1"),
+        Row("500 steps", flags="--steps 500"),
+        Row("2000 steps", flags="--steps 2000"),
+        Row("prior weight 0", flags="--prior 0"),
+        Row("prior weight 1", flags="--prior 1"),
+        Row("prior weight 3", flags="--prior 3"),
+    ]
+)
+
+# What a run is scored by: the keys of the log, and the columns that they become.
+SCORES = {
+    "parts": "parts right",
+    "identity": "whole subject",
+    "both parts": "parts, both in one picture",
+    "both identity": "both whole",
+    "prompt": "prompt right",
+    "red parts": "in other creatures",
+}
+
+# --------------------------------------------------------------------------------------------------
+# A run: make the model, fine-tune it, score it
+# --------------------------------------------------------------------------------------------------
+
+
+def prepare(args, row: Row, subject: str, seed: int):
+    """The row's model before it is fine-tuned, and the arguments of train.py for this run."""
+    words = f"{row.name} {subject} {seed}".replace(", ", " ")
+    out = Path("out") / args.log.stem / words.replace(" ", "-")
+    bits = ["--bits", str(row.bits)]
+    run = train.arguments([*bits, *row.flags.split(), "--seed", str(seed), "--out", str(out)])
+    run.steps //= args.less
+    run.sample_steps //= args.less
+
+    model = load_model(BASE, run.device)
+    if row.lora:
+        torch.manual_seed(run.seed)  # its first matrices are random
+        lora_packed(model, 2, run.bits, run.calibration).to(run.device)
+    elif run.bits < 32:
+        edges = log_snr_edges(run.buckets) if row.log_snr_edges else None
+        quantize(
+            model, run.bits, run.buckets, DIFFUSION.T, run.scales, run.calibration, edges=edges
+        )
+    if row.raw_scales:
+        train_raw_scales(model)
+    return model, run
+
+
+def log_snr_edges(num_buckets: int) -> list[int]:
+    """The edges, in timesteps from 0 to T, of buckets that are equally wide in log-SNR.
+
+    The log-SNR, log(abar_t / (1 - abar_t)), falls as t rises. A bucket starts at the first timestep
+    below its level. With more than 8 buckets some would be empty, and quantize refuses the edges.
+    """
+    log_snr = DIFFUSION.alphas_cumprod.logit()  # (T,)
+    levels = torch.linspace(log_snr[0], log_snr[-1], num_buckets + 1, dtype=log_snr.dtype)
+    starts = [int((log_snr >= level).sum()) for level in levels[1:-1]]
+    return [0, *starts, DIFFUSION.T]
+
+
+class RawScale(nn.Module):
+    """A parametrization: train a scale s = s0 * exp(d) itself, and not its delta d, as the paper.
+
+    s is kept positive. s0 and s: (C,), for the scales of rows or of columns.
+    """
+
+    def __init__(self, s0):
+        super().__init__()
+        self.register_buffer("s0", s0, persistent=False)  # the layer has it already
+
+    def forward(self, s):
+        return (s / self.s0).clamp(min=1e-3).log()
+
+    def right_inverse(self, d):
+        return self.s0 * d.exp()
+
+
+def train_raw_scales(model):
+    """Let the scales of a quantized model with one bucket be trained, and not their deltas."""
+    for layer in list(model.modules()):
+        if isinstance(layer, QuantLayer):
+            register_parametrization(layer, "d_out_0", RawScale(layer.s_out))
+            register_parametrization(layer, "d_in_0", RawScale(layer.s_in))
+
+
+def tune(args, row: Row, subject: str, seed: int) -> dict:
+    """Fine-tune to a subject and score it: what the log says of a run.
+
+    subject: its name, or several ("bix+fen"), each of which gets a rare word of its own.
+    """
+    model, run = prepare(args, row, subject, seed)
+    folders = {}
+    for word, name in zip(toy.RARE, subject.split("+")):
+        folders[word] = BASE.parent / "subjects" / name
+
+    trained = {}
+    if run.steps > 0:
+        images = []
+        captions = []
+        for word, folder in folders.items():
+            of_subject = toy.load_subject(folder, word)
+            images.append(of_subject[0])
+            captions.append(of_subject[1])
+        run.out.mkdir(parents=True, exist_ok=True)
+        train.finetune(model, run, torch.cat(images), torch.cat(captions))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
+    rest = {name: value for name, value in model.state_dict().items() if name not in trained}
+    return {
+        "trained": sum(p.numel() for p in trained.values()),
+        "bytes": subject_bytes(model, trained),
+        **measure(model, parts, run),
+        "base bytes": file_size(rest),
+    }
+
+
+def subject_bytes(model, trained: dict) -> int:
+    """Bytes of the file of what was trained: an adapter if that is scales, else the parameters."""
+    if not trained:
+        return 0
+    if trained.keys() == deltas(model).keys():
+        return file_size({"kind": "adapter", **adapter(model)})
+    return file_size(trained)
+
+
+def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
+    """The means of the exact scores. parts: the parts (7,) of each word's subject.
+
+    Each subject is drawn alone, then two in one image ("both"). A red creature ("red") should have
+    no subject's parts.
+    """
+    found = {}  # key: a mean for each subject and kind of image
+
+    def draw(prompts, name_of, label, seed):
+        """Draw the prompts. Score each word's subject as what is called name_of[word] there."""
+        captions = torch.tensor(train.captions_of(prompts))
+        images = sample(model, captions, run.sample_steps, seed=seed)
+        for word, name in name_of.items():
+            scores = score(images, captions, parts[word], toy.WORD[name])
+            for key, values in scores.items():
+                found.setdefault(label + key, []).append(values.mean().item())
+
+    words = list(parts)
+    for word in words:
+        prompts = [prompt.replace(train.SUBJECT_WORD, word) for prompt in train.PROMPTS]
+        draw(prompts, {word: word}, label="", seed=run.seed)
+
+    backgrounds = [prompt.split(" on ")[1] for prompt in train.PROMPTS]
+    for a, b in zip(words, words[1:]):
+        prompts = [f"{a} creature and {b} creature on {background}" for background in backgrounds]
+        draw(prompts, {a: a, b: b}, label="both ", seed=run.seed + 1)
+
+    prompts = ["red creature"] * len(train.PROMPTS)
+    draw(prompts, dict.fromkeys(words, "red"), label="red ", seed=run.seed)
+
+    return {key: sum(found[key]) / len(found[key]) for key in SCORES if key in found}
+
+
+def draw_prompts(model, run) -> dict[str, Tensor]:
+    """An image (3, 16, 16) for each prompt that train.py draws."""
+    images, _ = train.evaluate(model, None, run)
+    return dict(zip(train.PROMPTS, images[:: train.IMAGES_PER_PROMPT]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss of a model
+# --------------------------------------------------------------------------------------------------
+
+
+def squared_error(model, x0, words, t, eps) -> Tensor:
+    """Squared error of v for each of the images x0 (N, 3, 16, 16) at timesteps t (N,): (N,)."""
+    x0 = x0.contiguous(memory_format=torch.channels_last)
+    v = model(DIFFUSION.q_sample(x0, t, eps), t, words)
+    return DIFFUSION.squared_error(v, x0, t, eps)
+
+
+@torch.no_grad()
+def losses(model, x0, words, t, generator) -> Tensor:
+    """squared_error with noise from generator, in chunks of 128 images."""
+    eps = torch.randn(x0.shape, generator=generator)
+    chunks = zip(x0.split(128), words.split(128), t.split(128), eps.split(128))
+    return torch.cat([squared_error(model, *chunk) for chunk in chunks])
+
+
+# --------------------------------------------------------------------------------------------------
+# The log, and the flags that name it
+# --------------------------------------------------------------------------------------------------
+
+
+def lines(log: Path, **key) -> list[dict]:
+    """The lines of the log that have this key."""
+    if not log.exists():
+        return []
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line for line in found if key.items() <= line.items()]
+
+
+def is_due(args, name: str, key: dict) -> bool:
+    """True if --rows asks for the row of this name and the log has no line with this key."""
+    if not any(fnmatch(name, pattern) for pattern in args.rows):
+        return False
+    return not lines(args.log, **key)
+
+
+def append(log: Path, key: dict, found: dict):
+    """Add a line to the log.
+
+    The log isn't held open during a run, which takes minutes: it may be replaced meanwhile.
+    """
+    with log.open("a") as file:
+        file.write(json.dumps({**key, **found}) + "\n")
+
+
+def parse_with_log(parser):
+    """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
+    log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
+    parser.add_argument("--log", type=Path, help=log_help)
+    quick_help = "a twentieth of the steps, two subjects"
+    parser.add_argument("--quick", action="store_true", help=quick_help)
+    args = parser.parse_args()
+    args.less = 20 if args.quick else 1  # what steps are divided by
+    if args.log is None:
+        args.log = Path("out", "quick.jsonl" if args.quick else "runs.jsonl")
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    return args

@@ -1,0 +1,157 @@
+"""A run does what its row says, against independent references."""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import runs
+from data import toy
+from model import Diffusion, UNet
+from quant import QuantLayer, bucket, current_batch, deltas, quantize
+from runtime import save
+from sample import sample
+
+ROWS = {**runs.SUBJECTS, **runs.ABLATIONS}
+
+
+@pytest.fixture
+def small_base(tmp_path, monkeypatch):
+    """A base that tests have time for, in place of the shipped one; runs write beside it."""
+    model = UNet(
+        channels=(16, 32),
+        attention=(1,),
+        c_emb=32,
+        c_words=16,
+        vocab=len(toy.VOCAB),
+        slots=toy.SLOTS,
+    )
+    nn.init.normal_(model.out.weight, std=0.02)  # not zeros: no bucket would matter
+    base = tmp_path / "base.pt"
+    save({"kind": "model", "config": model.config, "model": model.state_dict()}, base)
+    (tmp_path / "subjects").symlink_to(runs.BASE.parent / "subjects")
+    monkeypatch.setattr(runs, "BASE", base)
+    monkeypatch.chdir(tmp_path)
+
+
+def args_in(folder):
+    return Namespace(log=folder / "runs.jsonl", less=1)
+
+
+def test_raw_scales_are_trained_as_scales():
+    torch.manual_seed(0)
+    model = quantize(nn.Sequential(nn.Linear(6, 5)), 4)
+    layer = model[0]
+    x = torch.randn(8, 6)
+    target = torch.randn(8, 5)
+    codes = (layer.dequantize() / layer.s_out[:, None] / layer.s_in).detach()
+    start = layer(x).detach()
+
+    # the reference: the scales themselves, under autograd
+    s_out = layer.s_out.clone().requires_grad_()
+    s_in = layer.s_in.clone().requires_grad_()
+
+    runs.train_raw_scales(model)
+    torch.testing.assert_close(layer(x), start)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2
+
+    raw = torch.optim.Adam(trained, lr=2e-4)
+    plain = torch.optim.Adam([s_out, s_in], lr=2e-4)
+    for _ in range(20):
+        plain.zero_grad()
+        y = F.linear(x, s_out[:, None] * codes * s_in, layer.bias)
+        (y - target).square().mean().backward()
+        plain.step()
+
+        raw.zero_grad()
+        (layer(x) - target).square().mean().backward()
+        raw.step()
+    assert (s_out - layer.s_out).abs().max() > 2e-3
+    for mine, s in zip(trained, (s_out, s_in)):
+        torch.testing.assert_close(mine, s, rtol=1e-4, atol=1e-6)
+
+
+def test_a_random_start_follows_the_seed(tmp_path):
+    row = runs.SUBJECTS["LoRA r = 2, packed base, 4 bits"]
+    first, again, other = [
+        runs.prepare(args_in(tmp_path), row, "bix", seed)[0].state_dict() for seed in (0, 0, 1)
+    ]
+    assert any("lora_a" in key for key in first)
+    for key, value in first.items():
+        assert torch.equal(value, again[key]), key
+        assert torch.equal(value, other[key]) != ("lora_a" in key), key
+
+
+def test_buckets_even_in_log_snr():
+    abar = Diffusion().alphas_cumprod.tolist()
+    snr = [torch.tensor(a / (1 - a)).log().item() for a in abar]
+    width = (snr[0] - snr[-1]) / 4
+    expected = [min(int((snr[0] - s) / width), 3) for s in snr]
+
+    edges = runs.log_snr_edges(4)
+    got = bucket(torch.arange(1000), edges).tolist()
+    assert sum(a != b for a, b in zip(got, expected)) <= 3  # rounding decides at an edge
+    assert got == sorted(got)
+    assert set(got) == {0, 1, 2, 3}
+    assert int(bucket(999, edges)) == 3
+
+
+def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path):
+    row = runs.ABLATIONS["N = 4, edges even in log-SNR"]
+    equal, _ = runs.prepare(args_in(tmp_path), replace(row, log_snr_edges=False), "bix", 0)
+    log_snr, _ = runs.prepare(args_in(tmp_path), row, "bix", 0)
+    assert log_snr.quant_config["edges"] == runs.log_snr_edges(4)
+    assert equal.quant_config["edges"] == [0, 250, 500, 750, 1000]
+
+    # what the layers are told, as in training
+    seen = []
+    words = torch.zeros(1, toy.SLOTS, dtype=torch.long)
+    for model in (equal, log_snr):
+        layer = next(m for m in model.modules() if isinstance(m, QuantLayer))
+        layer.register_forward_hook(lambda *_: seen.append(current_batch.get().buckets))
+        model(torch.zeros(1, 3, 16, 16), torch.tensor([700]), words)
+        for name, delta in deltas(model).items():
+            nn.init.constant_(delta, 0.1 * int(name.rpartition("_")[2]))  # each bucket has others
+    assert seen == [[2], [int(bucket(700, runs.log_snr_edges(4)))]]
+    assert seen[0] != seen[1]
+
+    # weights merged for a bucket are those that the hooks choose
+    images = sample(log_snr, words, 3)
+    torch.testing.assert_close(images, sample(log_snr, words, 3, packed=True))
+    assert not torch.allclose(images, sample(equal, words, 3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full precision",
+        "TuneQDM, N = 2, 4 bits",
+        "LoRA r = 2, packed base, 4 bits",
+        "PEQA, 2 bits",
+        "raw scales, lr 3e-4",
+        "N = 4, edges even in log-SNR",
+    ],
+)
+def test_tune_scores_and_counts(small_base, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(runs.train, "PROMPTS", runs.train.PROMPTS[:2])
+    args = args_in(tmp_path)
+    row = ROWS[name]
+    short = replace(row, flags=f"{row.flags} --steps 2 --sample-steps 2")
+    got = runs.tune(args, short, "bix+fen", 0)
+    assert set(got) == {"trained", "bytes", "base bytes", *runs.SCORES}
+    assert all(0 <= got[key] <= 1 for key in runs.SCORES)
+
+    model, _ = runs.prepare(args, row, "bix+fen", 0)
+    assert got["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = 4  # bytes of a trained number: float32
+    if not row.lora:
+        of_scales = deltas(model)
+        expected = of_scales or dict(model.named_parameters())
+        assert got["trained"] == sum(p.numel() for p in expected.values())
+        if of_scales:
+            stored = 2  # float16
+    assert got["bytes"] > got["trained"] * stored

@@ -1,0 +1,414 @@
+"""The Stable Diffusion example, on a pipeline with a few thousand random weights: no download."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, run
+from PIL import Image
+
+pytest.importorskip("diffusers", reason="pip install -r examples/requirements.txt")
+pytest.importorskip("transformers", reason="pip install -r examples/requirements.txt")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import memory
+import stable_diffusion
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import runtime
+from quant import QuantLayer, bucket, deltas, equal_edges, merge, quantize
+from runtime import load
+
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
+
+
+def make_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+
+
+def save_pipeline(folder):
+    """A whole Stable Diffusion 1.x pipeline; its tokenizer knows single letters only."""
+    letters = "adfghkopst"
+    tokens = [
+        *letters,
+        *[f"{letter}</w>" for letter in letters],
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24
+    )
+    unet = make_unet()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            max_position_embeddings=24,
+            bos_token_id=len(tokens) - 2,
+            eos_token_id=len(tokens) - 1,
+        )
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, sample_size=8)
+    scheduler = PNDMScheduler(skip_prk_steps=True, **SCHEDULE)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a pipeline, images of a subject and of its class, and a finished run."""
+    folder = tmp_path_factory.mktemp("world")
+    save_pipeline(folder / "model")
+    draws = np.random.default_rng(0)
+    for name in ("dog", "dogs"):
+        (folder / name).mkdir()
+        for i in range(2):
+            pixels = draws.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    assert run(stable_diffusion, *flags(folder), "--out", folder / "run") == 0
+    return folder
+
+
+def flags(folder):
+    """Three steps in two buckets, with prior preservation and checkpointing."""
+    return [
+        *("--model", folder / "model", "--device", "cpu"),
+        *("--subject", folder / "dog", "--prompt", "sks dog"),
+        *("--class-images", folder / "dogs", "--class-prompt", "a dog"),
+        *("--steps", 3, "--lr", 0.01, "--calibration", "minmax"),
+    ]
+
+
+def saved_deltas(folder):
+    return load(folder / "adapter.pt", "adapter")["deltas"]
+
+
+def test_a_run_trains_both_buckets(world):
+    files = {path.name for path in (world / "run").iterdir()}
+    assert files == {"adapter.pt", "base.pt", "state.pt", "lock"}
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
+    stable_diffusion.load_adapter(unet, load(world / "run" / "adapter.pt", "adapter"))
+    for b in ("0", "1"):
+        moved = [delta.any() for name, delta in deltas(unet).items() if name.endswith(f"_{b}")]
+        assert len(moved) > 50 and sum(moved) > 0.8 * len(moved)
+
+
+def test_base_is_the_quantized_model(world):
+    """What build makes of base.pt is what quantize makes of the model's weights in float16."""
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
+    quantized = UNet2DConditionModel.from_pretrained(world / "model", subfolder="unet").half()
+    quantize(quantized, 4, 2, calibration="minmax", timestep="timestep").float()
+    assert unet.quant_config == quantized.quant_config
+    same(unet.state_dict(), quantized.state_dict())
+    assert all(value.dtype in (torch.float32, torch.uint8) for value in unet.state_dict().values())
+
+
+def test_checkpointing_and_a_shared_base_change_no_bit(world, tmp_path):
+    again = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
+    assert run(stable_diffusion, *again, "--no-checkpoint") == 0
+    assert not (tmp_path / "base.pt").exists()
+    assert torch.equal(saved_deltas(tmp_path), saved_deltas(world / "run"))
+    assert run(stable_diffusion, *again, "--seed", 1) == 0
+    assert not torch.equal(saved_deltas(tmp_path), saved_deltas(world / "run"))
+
+
+def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch, capsys):
+    watch = runtime.Loop.watch
+
+    def watch_and_interrupt(self, *args):
+        watch(self, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
+    monkeypatch.setattr(runtime.Loop, "watch", watch_and_interrupt)
+    assert run(stable_diffusion, *once) == 130
+    assert load(tmp_path / "state.pt", "Stable Diffusion state")["step"] == 1
+    assert not (tmp_path / "adapter.pt").exists()
+    assert run(stable_diffusion, *once, "--resume") == 130
+    monkeypatch.setattr(runtime.Loop, "watch", watch)
+    assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
+    assert "is of a run with --lr 0.01" in capsys.readouterr().err
+    assert run(stable_diffusion, *once, "--resume") == 0
+    assert "peak memory" in capsys.readouterr().out
+    for name in ("adapter.pt", "state.pt"):
+        resumed = torch.load(tmp_path / name, weights_only=True)
+        whole = torch.load(world / "run" / name, weights_only=True)
+        resumed.get("args", {})["base"] = whole.get("args", {}).get("base")
+        same(resumed, whole)
+
+
+def same(a, b):
+    """Assert that two nests of dicts, lists and tensors are equal."""
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            same(one, other)
+    else:
+        assert a == b
+
+
+class Oracle(nn.Module):
+    """Knows x0, and so predicts what it is asked for exactly: eps, or v = a eps - s x0."""
+
+    def __init__(self, x0, scheduler, v):
+        super().__init__()
+        self.x0 = x0
+        self.abar = scheduler.alphas_cumprod
+        self.v = v
+        self.trained = nn.Linear(1, 1)
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        a = self.abar[timestep].sqrt().view(-1, 1, 1, 1)
+        s = (1 - self.abar[timestep]).sqrt().view(-1, 1, 1, 1)
+        eps = (sample - a * self.x0) / s
+        predicted = a * eps - s * self.x0 if self.v else eps
+        nothing = 0 * self.trained(torch.ones(len(sample), 1))  # so that there is a graph
+        return types.SimpleNamespace(sample=predicted + nothing.float().sum())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("asked", ["epsilon", "v_prediction"])
+def test_target(kind, asked, tmp_path, monkeypatch):
+    """An oracle's loss is zero if it is asked for what it predicts, and not if for the other."""
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "m", "--subject", "s", "--prompt", "p"])
+    args = stable_diffusion.arguments()
+    args.steps, args.batch, args.device, args.out = 4, 8, "cpu", tmp_path
+    noise = DDPMScheduler.from_config({**SCHEDULE, "prediction_type": asked})
+    x0 = torch.randn(1, 4, 8, 8)
+    oracle = Oracle(x0, noise, v=kind == "v_prediction")
+    quantize(oracle, 8, 2, timestep="timestep")
+    errors = []
+    monkeypatch.setattr(runtime.Loop, "watch", lambda self, error, t: errors.append(error))
+    stable_diffusion.tune(oracle, noise, [(x0, torch.zeros(1, 24, 16))], args)
+    assert len(errors) == 4 and errors[0].shape == (8,)
+    if kind == asked:
+        assert torch.stack(errors).max() < 1e-4
+    else:
+        assert torch.stack(errors).mean() > 0.1
+
+
+def test_prior_weighs_the_class(world, tmp_path):
+    """With --prior 0 it doesn't matter what the class images are."""
+    once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path, "--prior", 0]
+    assert run(stable_diffusion, *once) == 0
+    dogs = saved_deltas(tmp_path)
+    assert run(stable_diffusion, *once, "--class-images", world / "dog") == 0
+    assert torch.equal(saved_deltas(tmp_path), dogs)
+    assert not torch.equal(saved_deltas(world / "run"), dogs)
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler])
+def test_pipeline_uses_the_bucket_of_each_timestep(world, kind):
+    """A packed call is the merged model's of that bucket, whatever the scheduler's timesteps are:
+    PNDM's are whole, Euler's are fractions.
+    """
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
+    for delta in deltas(unet).values():
+        nn.init.normal_(delta, std=0.3)
+    merged = [merge(unet, b) for b in range(2)]
+    assert not any(isinstance(module, QuantLayer) for module in merged[0].modules())
+    calls = []
+
+    def record(_, args, kwargs, out):
+        sample, t = args
+        calls.append((sample.clone(), t.clone(), kwargs["encoder_hidden_states"], out[0].clone()))
+
+    unet.register_forward_hook(record, with_kwargs=True)
+    pipe = stable_diffusion.load_pipeline(world / "model", unet)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("sks dog", num_inference_steps=5, output_type="latent")
+    used = set()
+    for sample, t, words, out in calls:
+        assert t.dim() == 0 and t.is_floating_point() == (kind is EulerDiscreteScheduler)
+        b = int(bucket(t, equal_edges(2, 1000)))
+        used.add(b)
+        expected = merged[b](sample, t, words).sample
+        assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
+        other = merged[1 - b](sample, t, words).sample
+        assert (out - other).abs().max() > 1e-2 * expected.abs().max()
+    assert used == {0, 1}
+
+
+def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
+    for name in ("adapter.pt", "base.pt"):
+        (tmp_path / name).write_bytes((world / "run" / name).read_bytes())
+    command = ["--model", world / "model", "--device", "cpu", "--out", tmp_path]
+    command += ["--sample", "sks dog", "--sample-steps", 2]
+    assert run(stable_diffusion, *command, "--n", 5) == 0
+    assert "5 images" in capsys.readouterr().out
+    five = np.array(Image.open(tmp_path / "sample.png"))
+    assert five.shape == (16, 32, 3)
+    assert (five[8:, 8:] == 255).all()  # the empty rest of the second row
+    assert run(stable_diffusion, *command, "--n", 1, "--seed", 4) == 0
+    one = np.array(Image.open(tmp_path / "sample.png"))
+    assert (one == five[8:, :8]).all()  # the fifth image is seed 4's first
+
+    # the adapter is what is drawn
+    adapter = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    adapter["deltas"] += 0.5
+    torch.save(adapter, tmp_path / "adapter.pt")
+    assert run(stable_diffusion, *command, "--n", 1, "--seed", 4) == 0
+    assert (one != np.array(Image.open(tmp_path / "sample.png"))).any()
+    adapter["fingerprint"] = "another"
+    torch.save(adapter, tmp_path / "adapter.pt")
+    assert run(stable_diffusion, *command) == 2
+    assert "made for another base" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_sentence(world, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "dog.png").write_bytes(b"no image")
+    for name, pipeline in (("sdxl", "StableDiffusionXLPipeline"), ("damaged", None)):
+        (tmp_path / name).mkdir()
+        index = json.loads((world / "model" / "model_index.json").read_text())
+        index["_class_name"] = pipeline or index["_class_name"]
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    base = ["--base", world / "run" / "base.pt"]
+    cases = {
+        "give --subject": ["--model", "x"],
+        "needs --prompt": ["--model", "x", "--subject", "x"],
+        "belong together": [
+            "--model",
+            "x",
+            "--subject",
+            "x",
+            "--prompt",
+            "x",
+            "--class-prompt",
+            "x",
+        ],
+        "from 2 to 8": ["--model", "x", "--bits", 9],
+        "can't be read": [*flags(world), "--model", tmp_path / "missing"],
+        "can't be read (": [*flags(world), "--model", tmp_path / "damaged"],
+        "is a StableDiffusionXLPipeline": [*flags(world), "--model", tmp_path / "sdxl"],
+        "holds no images": [*flags(world), "--subject", tmp_path / "empty"],
+        "dog.png is no image": [*flags(world), "--subject", tmp_path / "broken"],
+        "too many for the model": [*flags(world), "--prompt", "sks dog" * 9],
+        "was made with": [*flags(world), *base, "--bits", 8],
+        "no longer finite": [*flags(world), *base, "--lr", 10, "--steps", 60],
+        "state.pt doesn't exist": [*flags(world), "--resume"],
+        "adapter.pt doesn't exist": ["--model", world / "model", "--sample", "sks dog"],
+    }
+    for i, (says, command) in enumerate(cases.items()):
+        out = tmp_path / f"out{i}"
+        assert run(stable_diffusion, *command, "--out", out) == 2, says
+        err = re.split("[\r\n]", capsys.readouterr().err.strip())[-1]
+        assert err.startswith("stable_diffusion.py: ") and says in err, (says, err)
+        assert not out.exists() or [path.name for path in out.iterdir()] in ([], ["lock"]), says
+
+
+def test_scheduler_that_predicts_the_sample_is_refused(world, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    config["prediction_type"] = "sample"
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="neither epsilon nor v_prediction"):
+        stable_diffusion.load_pipeline(model)
+
+
+def test_memory_measures_every_method(monkeypatch, capsys):
+    """All that examples/memory.py does, in this process and on a tiny UNet."""
+    memory.check("cpu")
+    kept = {}
+    for row in memory.ROWS[:5]:
+        sent = []
+        pipe = types.SimpleNamespace(recv=lambda: 0, send=sent.append, close=lambda: None)
+        memory.measure(pipe, row, memory.TINY, "cpu")
+        assert len(sent) == 2, sent
+        line = memory.table_row(row, sent, None)
+        assert line.count("|") == 7
+        kept[row.name] = sent[0]["kept"], sent[1]["kept"]
+    for one, two in kept.values():
+        assert 1.2 * one < two < 2.2 * one  # the plain layers keep weights, too
+    checkpointed = kept["ours, 4 bits, N = 2, checkpointed"][0]
+    assert checkpointed < 0.5 * kept["ours, 4 bits, N = 2"][0]
+    assert kept["ours, 4 bits, N = 2"][0] < kept["TuneQDM, plain"][0]
+
+
+def test_memory_goes_on_after_a_failed_row(monkeypatch, capsys):
+    class Dead:
+        def send(self, _):
+            pass
+
+        def poll(self, _):
+            return True
+
+        def recv(self):
+            raise EOFError
+
+    class Late(Dead):
+        def poll(self, _):
+            return False
+
+    class Failed(Dead):
+        def recv(self):
+            return "OutOfMemoryError: CUDA out of memory"
+
+    process = types.SimpleNamespace(kill=lambda: None, join=lambda: None)
+    pipes = iter([Dead(), Late(), Failed()])
+    monkeypatch.setattr(memory, "start", lambda *_: (process, next(pipes)))
+    monkeypatch.setattr(memory, "ROWS", memory.ROWS[:3])
+    monkeypatch.setattr(memory, "check", lambda _: None)
+    assert run(memory, "--device", "cpu", "--tiny") == 0
+    table = capsys.readouterr().out.split("\n\n")[-1]
+    for reason in ("the process died", "out of time", "OutOfMemoryError"):
+        assert reason in table
+
+
+def test_check_notices_a_wrong_layer(monkeypatch):
+    scale_samples = QuantLayer.scale_samples
+    monkeypatch.setattr(
+        QuantLayer, "scale_samples", lambda self, x, d, rows: 1.01 * scale_samples(self, x, d, rows)
+    )
+    with pytest.raises(ValueError, match="differs from the plain formula"):
+        memory.check("cpu")
