@@ -34,12 +34,12 @@ PROGRAMS = 512  # that fill a GPU
 def usable(x: Tensor) -> bool:
     """True if the kernels can take x, and nothing else is better for it."""
     return (
-        x.is_cuda
+        not torch.compiler.is_compiling()  # torch.compile fuses the plain code
+        and x.is_cuda
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and 0 < x.numel() < 2**31  # places are counted in 32 bits
         and x.get_device() == torch.cuda.current_device()  # where Triton launches
         and not torch.is_grad_enabled()  # autograd can't look into a kernel
-        and not torch.compiler.is_compiling()  # torch.compile fuses the plain code
         and triton_works(x.device)
     )
 

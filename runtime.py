@@ -372,7 +372,8 @@ class Graphed:
                 self.seen.add(kind)
                 return self.model(*tensors)
             self.recordings[kind] = record(self.model, buckets, slot, tensors, self.pool)
-        return self.recordings[kind](slot.to(x.device), *tensors)
+        slot = slot.to(x.device, non_blocking=True)  # doesn't wait for what the GPU has yet to do
+        return self.recordings[kind](slot, *tensors)
 
     def buckets_of_batch(self, t):
         """find_buckets, on the CPU. A model with one bucket, or none, has no need of it."""

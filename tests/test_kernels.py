@@ -18,7 +18,7 @@ import runtime
 from calibrate import minmax
 from model import UNet
 from quant import QuantConv2d, QuantLinear, deltas, find_buckets, quantize, remember
-from runtime import BASE, InBatch, graphed, load_model
+from runtime import BASE, Graphed, InBatch, graphed, load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -329,6 +329,33 @@ def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
         assert quant.current_batch.get() is None
         for plain, told in zip(*results):
             assert (plain is None and told is None) or torch.equal(plain, told)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2])
+def test_each_kind_of_call_is_recorded_once(num_buckets, monkeypatch):
+    """What surrounds the recordings, which are replaced by plain calls: on the CPU as well."""
+
+    def record(module, samples, **kwargs):
+        assert all(sample.data_ptr() != x.data_ptr() for sample in samples for x in batches[0])
+        return module
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    model, batches = small_unet(num_buckets)
+    copied = copy.deepcopy(model)
+    net = Graphed(copied)
+    assert torch.equal(train(copied, net, batches), train(model, model, batches))
+    kinds = 1 if num_buckets == 1 else 3  # mixed, and either bucket alone
+    assert len(net.recordings) == kinds
+    with torch.no_grad():
+        net(*batches[0])
+        net(*batches[0])
+    assert len(net.recordings) == kinds + 1
+
+    monkeypatch.setattr(runtime, "MOST_RECORDINGS", kinds + 1)
+    for _ in range(3):
+        net(batches[0][0][:1], batches[0][1][:1], batches[0][2][:1])
+    assert len(net.recordings) == kinds + 1
 
 
 @needs_gpu
