@@ -745,7 +745,7 @@ class Batch(NamedTuple):
     buckets: list[int]  # the B buckets in the batch, in increasing order
     slot: Tensor  # (N,), the index in buckets of each sample's
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
-    is_fixed: bool = False  # whoever calls the model has found the buckets (see runtime.Graphed)
+    is_fixed: bool = False  # the caller of the model has found the buckets (experiments/graphs.py)
 
 
 # The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import UNet
-from quant import Batch, QuantLayer, batch_set, bucket, deltas, find_buckets, quantize
+from quant import QuantLayer, bucket, deltas, quantize
 
 try:
     import fcntl  # file locks
@@ -24,7 +24,6 @@ except ImportError:  # on Windows
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
 SAVE_EVERY = 200  # steps between two states to --resume from
-MOST_RECORDINGS = 32  # CUDA graphs of a step, each of which takes some megabytes of the GPU
 RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
 
@@ -326,94 +325,6 @@ class Loop:
 
 
 # --------------------------------------------------------------------------------------------------
-# CUDA graphs: thousands of kernels in one launch
-# --------------------------------------------------------------------------------------------------
-
-
-def graphed(model):
-    """model, or Graphed(model) if it is on a GPU."""
-    on_gpu = next(model.parameters()).is_cuda
-    return Graphed(model) if on_gpu else model
-
-
-class Graphed:
-    """Calls a model, float or quantized, by CUDA graphs, in training and in sampling.
-
-        net = Graphed(model)
-        v = net(x, t, words)
-
-    A UNet is thousands of kernels, and a CPU takes longer to launch them than a GPU to run them. A
-    CUDA graph is a recording of all these launches, and is launched at once: one graph for forward,
-    one for backward. It runs the same kernels on the same addresses each time. So each kind of
-    call has graphs of its own: each set of buckets in the batch, as they have scales of their own,
-    and each set of shapes.
-
-    The first call of its kind is a plain one, in which kernels are compiled and chosen. The second
-    is recorded and replayed. What a call returns is overwritten by the next one, so backward comes
-    before that. Gradients don't add up over several backwards: zero_grad() comes before each.
-    """
-
-    def __init__(self, model):
-        self.model = model
-        self.seen = set()  # the kinds of calls that there were
-        self.recordings = {}  # by kind
-        self.pool = torch.cuda.graph_pool_handle()  # memory that the graphs share
-
-    def __call__(self, x, t, *others):
-        """model(x, t, *others), all of them tensors; t: the timesteps (N,), on any device."""
-        buckets, slot = self.buckets_of_batch(t)
-        tensors = (x, t.to(x.device), *others)
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"))
-        kind = (tuple(buckets), shapes, modes)
-        if kind not in self.recordings:
-            is_full = len(self.recordings) == MOST_RECORDINGS
-            if is_full or kind not in self.seen:
-                self.seen.add(kind)
-                return self.model(*tensors)
-            self.recordings[kind] = record(self.model, buckets, slot, tensors, self.pool)
-        slot = slot.to(x.device, non_blocking=True)  # doesn't wait for what the GPU has yet to do
-        return self.recordings[kind](slot, *tensors)
-
-    def buckets_of_batch(self, t):
-        """find_buckets, on the CPU. A model with one bucket, or none, has no need of it."""
-        config = getattr(self.model, "quant_config", None)
-        if config is None or len(config["edges"]) == 2:
-            return [], torch.zeros(1, dtype=torch.long)
-        return find_buckets(t.cpu(), config["edges"])
-
-
-def record(model, buckets, slot, tensors, pool):
-    """CUDA graphs of model(*tensors), for these buckets: a function of slot and tensors."""
-    static = [tensor.clone() for tensor in (slot.to(tensors[0].device), *tensors)]
-    # what autocast has cast once before, it would not cast in the recording
-    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-        return torch.cuda.make_graphed_callables(
-            InBatch(model, buckets),
-            tuple(static),
-            num_warmup_iters=1,
-            allow_unused_input=True,  # the deltas of other buckets
-            pool=pool,
-        )
-
-
-class InBatch(torch.nn.Module):
-    """model(*tensors), told which buckets are in the batch.
-
-    To find them in t, the CPU would have to wait for the GPU, which a recording can't hold.
-    """
-
-    def __init__(self, model, buckets):
-        super().__init__()
-        self.model = model
-        self.buckets = buckets
-
-    def forward(self, slot, *tensors):
-        with batch_set(Batch(self.model, self.buckets, slot, is_fixed=True)):
-            return self.model(*tensors)
-
-
-# --------------------------------------------------------------------------------------------------
 # Processes: several of them, started by torchrun, train like one with a larger batch
 # --------------------------------------------------------------------------------------------------
 
@@ -436,10 +347,10 @@ def use_device(device):
 
 
 def parallel(model, args):
-    """What to call in a training step: model, compiled and distributed if asked to."""
+    """The module to call in a training step: model, compiled and distributed if asked to."""
     net = torch.compile(model) if args.compile else model
     if WORLD_SIZE == 1:
-        return net if args.compile else graphed(model)
+        return net
     if RANK == 0:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         full = count_float_parameters(model)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion
 from quant import bucket, load_adapter, merge
-from runtime import BASE, Parser, graphed, guard, load, load_model, save, write_png
+from runtime import BASE, Parser, guard, load, load_model, save, write_png
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
@@ -69,27 +69,27 @@ def sample(
     x = torch.randn(size, generator=generator)
 
     merges = hasattr(model, "quant_config") and not packed
-    device = next(model.parameters()).device
-    net = graphed(model)
+    net = model
     merged_bucket = None
     for i, t in enumerate(tqdm(timesteps, desc="sampling", disable=not progress, leave=False)):
         if merges:
             b = int(bucket(t, model.quant_config["edges"]))
             if b != merged_bucket:
-                net = graphed(merge(model, b))
+                net = merge(model, b)
                 merged_bucket = b
-        x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk, device)
+        x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk)
         noise = torch.randn(size, generator=generator)
         x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
     return x.clamp(-1, 1)
 
 
-def predict(net, x, t, words, cfg_scale, diffusion, chunk, device):
+def predict(net, x, t, words, cfg_scale, diffusion, chunk):
     """The x0 and eps that the model finds in x (N, 3, H, W) at timestep t: both of x's shape.
 
-    x0 is clamped to [-1, 1], and eps is what it then leaves of x. The model runs on its device,
-    on a chunk at a time; x and the results are on the CPU, where the noise is drawn.
+    x0 is clamped to [-1, 1], and eps is what it then leaves of x. The model runs on its device, on
+    a chunk at a time; x and the results are on the CPU, where the noise is drawn.
     """
+    device = next(net.parameters()).device
     x0_chunks = []
     eps_chunks = []
     for xs, ws in zip(x.split(chunk), words.split(chunk)):

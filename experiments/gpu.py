@@ -27,8 +27,9 @@ from torch import Tensor
 
 import quant
 from bench import SIZES, STABLE_DIFFUSION, clock, ours
+from graphs import graphed
 from model import UNet
-from runtime import Parser, graphed, guard
+from runtime import Parser, guard
 
 START = time.perf_counter()
 WARM_UP = 4  # calls: a plain one, one that is recorded, two replays

@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn as nn
 
+import graphs
 import quant
 import runtime
 from calibrate import minmax
+from graphs import Graphed, graphed, told
 from model import UNet
 from quant import QuantConv2d, QuantLinear, deltas, find_buckets, quantize, remember
-from runtime import BASE, Graphed, InBatch, graphed, load_model
+from runtime import BASE, load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -316,19 +318,20 @@ def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
     for x, t, words in batches:
         buckets, slot = find_buckets(t, model.quant_config["edges"])
         results = []
-        for net in (model, InBatch(model, buckets)):
+        names = list(deltas(model))
+        for net in (model, told(model, buckets, names)):
             model.zero_grad()
             with monkeypatch.context() as patch:
                 if net is not model:
                     patch.setattr(quant, "find_buckets", None)
-                    v = net(slot, x, t, words)
+                    v = net(slot, x, t, words, *deltas(model).values())
                 else:
                     v = net(x, t, words)
             v.square().mean().backward()
             results.append([v, *[delta.grad for delta in deltas(model).values()]])
         assert quant.current_batch.get() is None
-        for plain, told in zip(*results):
-            assert (plain is None and told is None) or torch.equal(plain, told)
+        for plain, same in zip(*results):
+            assert (plain is None and same is None) or torch.equal(plain, same)
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2])
@@ -352,7 +355,7 @@ def test_each_kind_of_call_is_recorded_once(num_buckets, monkeypatch):
         net(*batches[0])
     assert len(net.recordings) == kinds + 1
 
-    monkeypatch.setattr(runtime, "MOST_RECORDINGS", kinds + 1)
+    monkeypatch.setattr(graphs, "MOST_RECORDINGS", kinds + 1)
     for _ in range(3):
         net(batches[0][0][:1], batches[0][1][:1], batches[0][2][:1])
     assert len(net.recordings) == kinds + 1

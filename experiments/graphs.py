@@ -1,0 +1,104 @@
+"""CUDA graphs of a model's calls: thousands of kernels in one launch.
+
+train.py and sample.py don't use them yet: a step of train.py's loop has not been recorded on a GPU.
+experiments/gpu.py measures what they give.
+"""
+
+import torch
+from torch.func import functional_call
+
+from quant import Batch, batch_set, find_buckets
+
+MOST_RECORDINGS = 32  # of one model; each takes some megabytes of the GPU
+
+
+def graphed(model):
+    """model, or Graphed(model) if it is on a GPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    return Graphed(model) if on_gpu else model
+
+
+class Graphed:
+    """Calls a model, float or quantized, by CUDA graphs, in training and in sampling.
+
+        net = Graphed(model)
+        v = net(x, t, words)
+
+    A UNet is thousands of kernels, and a CPU takes longer to launch them than a GPU to run them. A
+    CUDA graph is a recording of all these launches, and is launched at once: one graph for forward,
+    one for backward. It runs the same kernels on the same addresses each time. So each kind of
+    call has graphs of its own: each set of buckets in the batch, as they have scales of their own,
+    and each set of shapes.
+
+    The first call of its kind is a plain one, in which kernels are compiled and chosen. The second
+    is recorded and replayed. What a call returns is overwritten by the next one, so backward comes
+    before that. Gradients don't add up over several backwards: zero_grad() comes before each.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.seen = set()  # the kinds of calls that there were
+        self.recordings = {}  # by kind
+        self.pool = torch.cuda.graph_pool_handle()  # memory that the graphs share
+
+    def __call__(self, x, t, *others):
+        """model(x, t, *others), all of them tensors; t: the timesteps (N,), on any device."""
+        buckets, slot = self.buckets_of_batch(t)
+        tensors = (x, t.to(x.device), *others)
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"))
+        kind = (tuple(buckets), shapes, modes)
+        if kind not in self.recordings:
+            is_full = len(self.recordings) == MOST_RECORDINGS
+            if is_full or kind not in self.seen:
+                self.seen.add(kind)
+                return self.model(*tensors)
+            self.recordings[kind] = record(self.model, buckets, slot, tensors, self.pool)
+        slot = slot.to(x.device, non_blocking=True)  # doesn't wait for what the GPU has yet to do
+        return self.recordings[kind](slot, *tensors)
+
+    def buckets_of_batch(self, t):
+        """find_buckets, on the CPU. A model with one bucket, or none, has no need of it."""
+        config = getattr(self.model, "quant_config", None)
+        if config is None or len(config["edges"]) == 2:
+            return [], torch.zeros(1, dtype=torch.long)
+        return find_buckets(t.cpu(), config["edges"])
+
+
+def record(model, buckets, slot, tensors, pool):
+    """CUDA graphs of model(*tensors), for these buckets: a function of slot and tensors."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    static = [tensor.clone() for tensor in (slot.to(tensors[0].device), *tensors)]
+    # A parameter that an earlier call still holds for backward can't be recorded, but an alias of
+    # the same memory can.
+    aliases = [p.detach().requires_grad_() for p in trained.values()]
+    # what autocast has cast once before, it would not cast in the recording
+    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+        graph = torch.cuda.make_graphed_callables(
+            told(model, buckets, list(trained)),
+            (*static, *aliases),
+            num_warmup_iters=1,
+            allow_unused_input=True,  # the deltas of other buckets
+            pool=pool,
+        )
+
+    def replay(slot, *tensors):
+        return graph(slot, *tensors, *trained.values())
+
+    return replay
+
+
+def told(model, buckets, names):
+    """model(*tensors), told which buckets are in the batch: a function of slot, tensors, deltas.
+
+    To find the buckets in t, the CPU would have to wait for the GPU, which a recording can't hold.
+    names: of the deltas, or of whatever trains: the last inputs.
+    """
+
+    def call(slot, *inputs):
+        first = len(inputs) - len(names)
+        parameters = dict(zip(names, inputs[first:]))
+        with batch_set(Batch(model, buckets, slot, is_fixed=True)):
+            return functional_call(model, parameters, inputs[:first])
+
+    return call
