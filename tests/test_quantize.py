@@ -177,7 +177,7 @@ def test_two_threads_that_call_one_model_each_get_their_own_scales():
 
     alone = [outputs(0), outputs(1)]
 
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=20)
 
     def meet_in_the_middle(*_):
         both.wait()

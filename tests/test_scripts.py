@@ -83,8 +83,8 @@ def test_the_same_seed_gives_the_same_bits_checkpointed_or_not(tuned, tmp_path):
 def test_sample_needs_only_the_file(tuned, tmp_path):
     folder, _ = tuned
     ckpt = ("--ckpt", folder / "tuned.pt")
-    flags = ("--prompt", "sks creature on green stripes", "--n", 3, "--steps", 2)
-    flags += ("--sampler", "ddpm")
+    prompt = ("--prompt", "sks creature on green stripes")
+    flags = (*prompt, "--n", 3, "--steps", 2, "--sampler", "ddpm")
     png = tmp_path / "deep" / "a.png"
     assert run(sample, *ckpt, *flags, "--out", png) == 0
     assert Image.open(png).size == (3 * 18 * 8, 18 * 8)
