@@ -606,7 +606,10 @@ def quantize(
         quantized.train(layer.training)
         replacements.append((names, quantized))
 
+    inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
     model.requires_grad_(False)
+    for delta in inner_deltas:
+        delta.requires_grad_(True)
     for names, quantized in replacements:
         for name in names:
             model.set_submodule(name, quantized)
@@ -628,7 +631,7 @@ def quantize(
 
 def check_buckets(num_buckets, T):
     """Raise ValueError if 0 .. T can't be cut into num_buckets intervals."""
-    if not T > 0:
+    if not 0 < T < float("inf"):
         raise ValueError(f"T must be a positive number, not {T}")
     if num_buckets < 1 or (isinstance(T, int) and num_buckets > T):
         raise ValueError(
@@ -907,8 +910,11 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     """A copy of model with plain float layers, whose weights are those of one bucket.
 
     The copy has no trace of quantization, and all of it can be trained. Raises IndexError if there
-    is no such bucket.
+    is no such bucket, and ValueError if a quantized model is inside: it has buckets of its own.
     """
+    inner = [name for name, m in model.named_modules() if name and hasattr(m, "quant_config")]
+    if inner:
+        raise ValueError(f"'{inner[0]}' is a quantized model inside of this one; merge it first")
     num_buckets = len(model.quant_config["edges"]) - 1
     if not 0 <= bucket_index < num_buckets:
         raise IndexError(f"there is no bucket {bucket_index}: the model has {num_buckets}")

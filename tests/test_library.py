@@ -443,3 +443,33 @@ def test_a_merged_copy_is_a_plain_model_that_trains():
     for index in (-1, 2):
         with pytest.raises(IndexError, match=f"no bucket {index}"):
             merge(model, index)
+
+
+class Around(nn.Module):
+    """A model around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x, t=0):
+        return self.mix(self.inner(x, t))
+
+
+def test_a_quantized_model_inside_another_trains_and_is_merged_first():
+    outer = quantize(Around(quantize(Net(), num_buckets=2)), num_buckets=4, keep_float="inner")
+    assert all(delta.requires_grad for delta in deltas(outer).values())
+    with pytest.raises(ValueError, match="'inner' is a quantized model inside"):
+        merge(outer, 3)
+    x = torch.randn(2, 6)
+    spread(outer)
+    y = outer(x, torch.tensor([999, 999]))
+    outer.inner = merge(outer.inner, 1)
+    torch.testing.assert_close(merge(outer, 3)(x), y)
+
+
+@pytest.mark.parametrize("T", [0, -1, float("nan"), float("inf")])
+def test_a_time_that_is_no_positive_number_is_refused(T):
+    with pytest.raises(ValueError, match="T must be a positive number"):
+        quantize(Net(), num_buckets=2, T=T)
