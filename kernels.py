@@ -1,20 +1,20 @@
-"""What a quantized layer does beside its matmul, on a GPU: three Triton kernels.
+"""What a quantized layer does besides its matmul, on a GPU: three Triton kernels.
 
 quant.py is the reference. Its plain code says what is computed, and hands over to this file if
 `usable` says so; without this file, or without Triton, it does everything itself.
 tests/test_kernels.py compares the two.
 
 The plain code launches about ten small kernels to build W, and reads and writes memory in each.
-Here each job is one launch, and intermediate values stay in registers as float32:
+Here each job is one launch or two, and intermediate values stay in registers as float32:
 
-    dequantize        W from packed codes, scales and deltas
-    gradient_of       the sum over samples and positions that is a delta's gradient
-    scale_samples     activations times the scales of each sample's bucket
+    dequantize        W from packed codes, scales and deltas (the trained changes of the scales)
+    gradient_of       the sum over samples and positions that is the gradient of the deltas
+    scale_samples     activations times exp(delta) of each sample's bucket of timesteps
 
-A kernel is one small program that runs many times, side by side, on blocks of the data. Where a
-block reaches beyond the edge, a mask leaves places out. Activations are seen as (N, P, C): samples,
-positions (pixels or tokens), channels. Sums are added up in the same order each time, so that the
-same seed gives the same bytes.
+A kernel is one small program that runs many times, side by side, on blocks of the data. If a block
+reaches beyond the edge, a mask skips the places outside. Activations are seen as (N, P, C): samples,
+positions (pixels or tokens), channels. Terms are added in the same order each time, so that the
+same seed gives the same bytes. The B buckets in a batch are numbered by their slots, 0 to B - 1.
 """
 
 import warnings
@@ -25,14 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WEIGHTS = 512  # that a program builds
-CHANNELS = 64  # that a program takes
-POSITIONS = 64  # that a program takes at once
-PROGRAMS = 512  # that fill a GPU
+WEIGHTS = 512  # weights that a program builds
+CHANNELS = 64  # channels that a program takes
+POSITIONS = 64  # positions that a program takes at once
+PROGRAMS = 512  # about as many programs as fill a GPU
 
 
 def usable(x: Tensor) -> bool:
-    """True if the kernels can take x, and nothing else is better for it."""
+    """True if the kernels can take x and are the best choice for it."""
     return (
         not torch.compiler.is_compiling()  # torch.compile fuses the plain code
         and x.is_cuda
@@ -125,10 +125,11 @@ def dequantize_kernel(
 
 @triton.jit
 def unpack(codes, place, inside, count, N_BITS: tl.constexpr):
-    """The codes at these places, of count that pack in quant.py has packed.
+    """The codes at these places. count: how many codes quant.py's pack has packed in all.
 
-    A piece of 8, 4, 2 or 1 bits is there if N_BITS has that bit set: 3 bits are 2 + 1. Code c of
-    a piece lies in byte c % (bytes of the piece), so neighbours read neighbouring bytes.
+    N_BITS is split into pieces of 8, 4, 2 and 1 bits (3 = 2 + 1), which are stored one after
+    another. In a piece of `length` bytes, code c is in byte c % length, from bit c // length *
+    width on. So neighbors read neighboring bytes.
     """
     bytes_per_bit = (count + 7) // 8
     q = tl.zeros(place.shape, tl.int32)
@@ -157,7 +158,10 @@ def gradient_of(
     bias: Tensor | None = None,
     slot: Tensor | None = None,
 ) -> Tensor:
-    """QuantLayer.gradient_of: a * (b - bias), summed over all that share a delta. float32."""
+    """QuantLayer.gradient_of: a * (b - bias), summed over the samples and positions of a bucket.
+
+    a, b: g and y for d_out, gx and x for d_in. Of d only the shape matters. Returns float32.
+    """
     num_slots = 1 if slot is None else len(d)
     a = samples_positions_channels(a, channel_dim)
     b = samples_positions_channels(b, channel_dim)

@@ -46,9 +46,9 @@ def read_object(images, spots=toy.SPOTS, creatures=False):
         |box - background|^2 - |box - sprite|^2
             = |box - background|^2 - |box|^2  +  2 box . sprite  -  |sprite|^2
 
-    The first two terms don't depend on the sprite, and the last doesn't depend on the image. So the
-    sums over covered pixels are two matrix products with all S sprites at once; the differences
-    themselves would be N * S * 189 numbers for each spot.
+    The first two terms need no more of a sprite than which pixels it covers, and the last nothing
+    of the image. So the sums over covered pixels are two matrix products with all S sprites at
+    once, of masks and of colors. The differences would be N * S * 189 numbers for each spot.
     """
     first = toy.PLAIN if creatures else 0
     world = toy.sprites()
@@ -98,8 +98,9 @@ def objects_of(words):
     """The objects of captions (N, SLOTS), and where to look for them.
 
     A caption's only object may be anywhere. Of two, the first is on the left.
-    Returns a list of (scenes, obj, spots). scenes: (N,), True for the captions that have the
-    object. obj: 0 for the first of a caption, 1 for the second. spots: a list of (row, column).
+    Returns a list of (has_it, obj, spots), for the three cases. has_it: (N,), True for the captions
+    that have such an object. obj: 0 for the first of a caption, 1 for the second. spots: a list of
+    (row, column).
     """
     two = has_two_objects(words)
     return [
@@ -118,20 +119,21 @@ def read_words(images, words):
     color, pattern = toy.background_words(read_background(images))
     shown[:, toy.COLOR_SLOT] = color
     shown[:, toy.PATTERN_SLOT] = pattern
-    for scenes, obj, spots in objects_of(words):
-        sprite, spot = read_object(images[scenes], spots)
+    for has_it, obj, spots in objects_of(words):
+        sprite, spot = read_object(images[has_it], spots)
         color, shape = toy.sprite_words(sprite)
         places = torch.tensor([toy.place_word(x) for _, x in spots])
-        shown[scenes, toy.NAME_SLOTS[obj]] = color
-        shown[scenes, toy.SHAPE_SLOTS[obj]] = shape
-        shown[scenes, toy.PLACE_SLOT] = places[spot]
+        shown[has_it, toy.NAME_SLOTS[obj]] = color
+        shown[has_it, toy.SHAPE_SLOTS[obj]] = shape
+        shown[has_it, toy.PLACE_SLOT] = places[spot]
     return shown
 
 
 def visible_words(words):
     """What captions (N, SLOTS) say that an image can show: (N, SLOTS), the other slots empty.
 
-    A rare word names no color. Two objects have no one place. A name without a shape is no object.
+    A rare word names no color. Two objects have no single place. Without a second shape there is no
+    second object, so its name doesn't count.
     """
     is_rare = (words >= toy.FIRST_RARE) & (words < toy.FIRST_SHAPE)
     words = words.masked_fill(is_rare, 0)
@@ -158,8 +160,8 @@ def right_parts(images, words, parts, name):
     1 if a part is right, 0 if it is wrong, NaN if the caption has no object of this name.
     """
     right = torch.full((len(images), len(toy.KEYS)), float("nan"))
-    for scenes, obj, spots in objects_of(words):
-        mine = scenes & (words[:, toy.NAME_SLOTS[obj]] == name)
+    for has_it, obj, spots in objects_of(words):
+        mine = has_it & (words[:, toy.NAME_SLOTS[obj]] == name)
         creature, _ = read_object(images[mine], spots, creatures=True)
         right[mine] = (toy.sprites().parts[creature] == parts).float()
     return right
