@@ -12,9 +12,9 @@ Here each job is one launch or two, and intermediate values stay in registers as
     scale_samples     activations times exp(delta) of each sample's bucket of timesteps
 
 A kernel is one small program that runs many times, side by side, on blocks of the data. If a block
-reaches beyond the edge, a mask skips the places outside. Activations are seen as (N, P, C): samples,
-positions (pixels or tokens), channels. Terms are added in the same order each time, so that the
-same seed gives the same bytes. The B buckets in a batch are numbered by their slots, 0 to B - 1.
+reaches beyond the edge, a mask skips the places outside. Activations are seen as (N, P, C):
+samples, positions (pixels or tokens), channels. Terms are added in the same order each time, so
+that the same seed gives the same bytes. The slots 0 to B - 1 number the B buckets in a batch.
 """
 
 import warnings

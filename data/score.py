@@ -20,7 +20,7 @@ from data import toy
 def read_background(images):
     """Find the nearest background of images (N, 3, 16, 16): their numbers (N,).
 
-    Objects stay within rows 3 to 12, so the six rows above and below show nothing but background.
+    Objects stay within rows 3 to 12, so three rows above and three below show only background.
     """
     first = toy.ROWS[0]
     last = toy.ROWS[-1] + toy.HEIGHT - 1
