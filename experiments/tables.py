@@ -286,6 +286,8 @@ def main():
     write_help = "put the tables into README.md and experiments/RESULTS.md, too"
     parser.add_argument("--write", action="store_true", help=write_help)
     args = parse_with_log(parser)
+    if args.quick and args.write:
+        parser.error("--quick makes numbers that mean nothing; leave out --write")
     if args.subjects is None:
         args.subjects = toy.TABLE[:2] if args.quick else toy.TABLE
     for name in args.tables or TABLES:

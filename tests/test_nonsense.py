@@ -255,6 +255,7 @@ CHOICES = [  # script, arguments, what the error names
     (tables, ["everything"], "recovery"),
     (tables, ["subjects", "--subjects", "mo"], "bix"),
     (tables, ["subjects", "mo"], "ablations"),
+    (tables, ["subjects", "--quick", "--write"], "--write"),
     (bench, ["taste"], "speed"),
     (bench, ["speed", "--sizes", "vast"], "default"),
     (sample, ["--prompt", "dragon"], "dragon"),
