@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -32,7 +33,57 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there ar
 # --------------------------------------------------------------------------------------------------
 
 
-def save(obj, path, write=torch.save):
+def checksum(obj) -> str:
+    """SHA-256 over the names, tensors and plain values in nested dicts, lists and tuples.
+
+    Of a tensor it covers the dtype, the shape and the bytes.
+    """
+    digest = hashlib.sha256()
+    for name, value in leaves(obj):
+        if torch.is_tensor(value):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            as_bytes = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(as_bytes.numpy())
+        else:
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+def leaves(obj, name=""):
+    """Yield (name, value) for all that is in nested dicts, lists and tuples, as in
+
+    {"a": 1, "b": [2]}  ->  ("", "dict 2"), ("['a']", 1), ("['b']", "list 1"), ("['b'][0]", 2)
+    """
+    if isinstance(obj, dict):
+        items = obj.items()
+    elif isinstance(obj, (list, tuple)):
+        items = enumerate(obj)
+    else:
+        yield name, obj
+        return
+    yield name, f"{type(obj).__name__} {len(obj)}"
+    for key, value in items:
+        yield from leaves(value, f"{name}[{key!r}]")
+
+
+def write_checkpoint(obj, file):
+    """Write a dict with torch.save, and its checksum beside it."""
+    torch.save({**obj, "checksum": checksum(obj)}, file)
+
+
+def write_png(image, file):
+    """Write a PIL image as PNG; for save(image, path, write_png)."""
+    image.save(file, "png")
+
+
+def file_size(obj) -> int:
+    """The bytes that torch.save takes for obj."""
+    file = io.BytesIO()
+    torch.save(obj, file)
+    return file.tell()
+
+
+def save(obj, path, write=write_checkpoint):
     """Write obj to path by write(obj, file): to a temporary name first, which is then renamed.
 
     So path holds the old file or the new one, and never half of one. Raises ValueError if it can't
@@ -55,37 +106,46 @@ def save(obj, path, write=torch.save):
         raise
 
 
-def write_png(image, file):
-    """Write a PIL image as PNG; for save(image, path, write_png)."""
-    image.save(file, "png")
-
-
-def file_size(obj) -> int:
-    """The bytes that torch.save takes for obj."""
-    file = io.BytesIO()
-    torch.save(obj, file)
-    return file.tell()
-
-
 def load(path, *kinds) -> dict:
-    """Read a file that save wrote, whose "kind" is one of kinds.
+    """Read a checkpoint that save wrote, whose "kind" is one of kinds.
 
-    Raises ValueError if it is missing, damaged or of another kind.
+    Raises ValueError if it is missing, damaged, of another kind, or not written by save.
     """
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # checks the checksums; torch.load doesn't
-        obj = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise ValueError(
             f"{path} doesn't exist; give the path of a checkpoint ({' or '.join(kinds)})"
-        ) from None
+        )
+    try:
+        saved = read_checkpoint(path)
     except Exception:
-        damaged = True
-    if damaged:
-        raise ValueError(f"{path} is damaged or not a checkpoint; give one that this project wrote")
-    if not isinstance(obj, dict) or obj.get("kind") not in kinds:
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint; give one that this project wrote"
+        ) from None
+    if saved.pop("checksum", None) is None:
+        raise ValueError(
+            f"{path} has no checksum: an older version wrote it, or another program; make it again"
+        )
+    if saved.get("kind") not in kinds:
         raise ValueError(f"{path} is not a checkpoint of kind {' or '.join(kinds)}; give one")
-    return obj
+    return saved
+
+
+def read_checkpoint(path) -> dict:
+    """Read what write_checkpoint wrote. Whatever else the file holds, some exception is raised.
+
+    A checksum may be missing.
+    """
+    with open(path, "rb") as file:
+        if zipfile.ZipFile(file).testzip() is not None:  # the first damaged member
+            raise ValueError("a member is damaged")
+        file.seek(0)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise ValueError("not a dict")
+    contents = {key: value for key, value in saved.items() if key != "checksum"}
+    if "checksum" in saved and checksum(contents) != saved["checksum"]:
+        raise ValueError("not what was saved")
+    return saved
 
 
 def load_model(path, device="cpu") -> UNet:
