@@ -89,10 +89,12 @@ def save(obj, path, write=write_checkpoint):
     So path holds the old file or the new one, and never half of one. Raises ValueError if it can't
     be written.
     """
+    contents = io.BytesIO()  # in memory first: torch.save hides the error of a full disk
+    write(obj, contents)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            write(obj, file)
+            file.write(contents.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -117,7 +119,9 @@ def load(path, *kinds) -> dict:
         )
     try:
         saved = read_checkpoint(path)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} is damaged or not a checkpoint; give one that this project wrote"
         ) from None
@@ -236,6 +240,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def is_out_of_memory(error) -> bool:
+    """True for what Python and PyTorch raise if there is too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    said = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, CPU, Windows
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def guard(main):
     """Run a script's main function. Only faults of the code itself end with a traceback.
 
@@ -246,7 +258,9 @@ def guard(main):
         main()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            error = ValueError("there is too little memory; lower --batch or --n, or free some")
         lost_peer = "peer" in str(error)  # another process of torchrun's has died
         if isinstance(error, RuntimeError) and not lost_peer:
             raise

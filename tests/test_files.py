@@ -1,10 +1,13 @@
 """Files: what is read is whole and no larger than it says, and what is yours stays as it is."""
 
 import contextlib
+import os
 import random
 import re
+import resource
 import signal
 import zipfile
+from argparse import Namespace
 
 import pytest
 import torch
@@ -116,3 +119,44 @@ def test_the_base_that_ships_is_the_one_of_the_published_results():
     base = torch.load(BASE, weights_only=True)
     assert base["checksum"] == runtime.checksum(load(BASE, "model"))
     assert base["checksum"] == "91c237033414cc4c144382dc1dc494c416d68404fe31d698a161b35c40aa0ddd"
+
+
+# --------------------------------------------------------------------------------------------------
+# A full disk, a full memory
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_ends(tmp_path):
+    path = tmp_path / "state.pt"
+    state = {"kind": "model"}
+    for i in range(20):
+        state[str(i)] = torch.full((5000,), float(i))
+    save(state, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in range(1, len(before), 7_001):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(ValueError, match=r"state.pt can't be written .*; make room"):
+                save(state, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def no_memory_in_python():
+    bytearray(2**60)
+
+
+def no_memory_in_torch():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_memory_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("main", [no_memory_in_python, no_memory_in_torch, no_memory_on_a_gpu])
+def test_too_little_memory_is_one_sentence(main, capsys):
+    script = Namespace(__name__="script", main=main)
+    assert "too little memory; lower --batch" in error_of(script, capsys=capsys)
