@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def load_model(path, device="cpu") -> UNet:
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def check_values(values, like):
+    """Raise ValueError unless values are tensors with the names and shapes of like, all finite.
+
+    A float may have any dtype, other values have the same.
+    """
+    if values.keys() != like.keys():
+        raise ValueError("other names")
+    for name, value in values.items():
+        expected = like[name]
+        both_float = value.is_floating_point() and expected.is_floating_point()
+        same_dtype = both_float or value.dtype == expected.dtype
+        if value.shape != expected.shape or not same_dtype:
+            raise ValueError(f"{name} has another shape or dtype")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} isn't finite")
+
+
 # --------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------
@@ -295,28 +313,85 @@ def claim(folder):
 
 
 def describe(args) -> dict[str, str]:
-    """The flags that a run must share with the one that it resumes."""
+    """The flags that a run must share with the one that it resumes, torchrun's among them."""
     free = ("resume", "out", "device", "sample_steps", "compile", "checkpoint")
-    return {key: str(value) for key, value in vars(args).items() if key not in free}
+    flags = {key: str(value) for key, value in vars(args).items() if key not in free}
+    return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 
 
-def load_state(args, kind, may_differ=()) -> dict:
+def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    Raises ValueError if there is none, or if the flags of that run differ by more than may_differ.
+    inputs: the checksum of what stands at the path of a flag, {flag: checksum}, as in the state.
+    Raises ValueError if there is no state, if the flags of that run differ by more than may_differ,
+    or if its inputs differ.
     """
     path = args.out / "state.pt"
     saved = load(path, kind)
     for leftover in args.out.glob("*.tmp"):
         leftover.unlink(missing_ok=True)  # another process may have been faster
-    was = saved.get("args", {})
+    was = saved.get("args")
+    inputs_then = saved.get("inputs", {})
+    if not isinstance(was, dict) or not isinstance(inputs_then, dict):
+        raise not_whole(path)
     differ = [key for key, value in describe(args).items() if was.get(key) != value]
     if not set(differ) <= set(may_differ):
-        flags = " ".join(f"--{key} {was.get(key)}" for key in differ)
+        values = {key: textwrap.shorten(str(was.get(key)), 60) for key in differ}
+        flags = " ".join(f"--{key} {value}" for key, value in values.items())
         raise ValueError(
             f"{path} is of a run with {flags}; resume with the same, or choose another --out"
         )
+    for flag, value in (inputs or {}).items():
+        if inputs_then.get(flag) != value:
+            raise ValueError(
+                f"{path} is of a run for which --{flag} had other contents; "
+                "bring them back, or choose another --out"
+            )
     return saved
+
+
+def check_state(saved, args, optimizer, **values):
+    """Raise ValueError unless a state of load_state fits this run. Nothing is changed.
+
+    values: by their names in the state, the tensors that it is going to replace, {name: tensor}.
+    """
+    path = args.out / "state.pt"
+    try:
+        for name, like in values.items():
+            check_values(saved[name], like)
+        check_optimizer(saved["optimizer"], optimizer)
+        torch.Generator().set_state(saved["generator"])
+        whole = type(saved["step"]) is int and saved["step"] >= 0
+    except Exception:
+        whole = False
+    if not whole:
+        raise not_whole(path)
+    if saved["step"] > args.steps:
+        raise ValueError(f"{path} is at step {saved['step']} already; give --steps more than that")
+
+
+def not_whole(path) -> ValueError:
+    """The error for a state that isn't as this version saves it."""
+    return ValueError(
+        f"{path} doesn't hold a whole state of this version; start again without --resume"
+    )
+
+
+def check_optimizer(saved, optimizer):
+    """Raise an exception unless saved is a state of this Adam or AdamW, all of it finite."""
+    groups = optimizer.state_dict()["param_groups"]
+    if without_lr(saved["param_groups"]) != without_lr(groups):  # each step has its own lr
+        raise ValueError("other arguments, or another version of PyTorch")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = dict(enumerate(parameters))
+    for number, moments in saved["state"].items():
+        p = numbered[number]
+        check_values(moments, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p})
+
+
+def without_lr(groups) -> list[dict]:
+    """Copies of an optimizer's groups without the learning rate."""
+    return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
 
 
 class Loop:

@@ -21,6 +21,8 @@ from runtime import (
     WORLD_SIZE,
     Loop,
     Parser,
+    check_state,
+    checksum,
     claim,
     describe,
     file_size,
@@ -110,11 +112,11 @@ def learning_rate(args, step):
     return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
-def finetune(model, args, instance, captions, state=None):
+def finetune(model, args, instance, captions, state=None, inputs=None):
     """Train all parameters that require a gradient; of a quantized model, these are the deltas.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
-    has saved in state.pt, to go on from.
+    has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.
 
         loss = MSE on args.batch instance images + args.prior * MSE on args.batch class images
     """
@@ -124,6 +126,7 @@ def finetune(model, args, instance, captions, state=None):
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     first = 0
     if state is not None:
+        check_state(state, args, optimizer, trained=trained)
         first = state["step"]
         with torch.no_grad():
             for name, p in trained.items():
@@ -136,6 +139,7 @@ def finetune(model, args, instance, captions, state=None):
             "kind": "fine-tuning",
             "step": step,
             "args": describe(args),
+            "inputs": inputs or {},
             "trained": trained,
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
@@ -218,7 +222,11 @@ def main():
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
     lock = claim(args.out)
-    state = load_state(args, "fine-tuning") if args.resume else None
+    inputs = {
+        "base": checksum(model.state_dict()),
+        "subject": checksum([instance, captions]),
+    }
+    state = load_state(args, "fine-tuning", inputs) if args.resume else None
 
     # quantize
     header = {"kind": "model", "config": model.config}
@@ -233,7 +241,7 @@ def main():
         images_before, scores_before = evaluate(model, parts, args)
 
     # fine-tune
-    finetune(model, args, instance, captions, state)
+    finetune(model, args, instance, captions, state, inputs)
     if RANK > 0:
         return
 

@@ -1,10 +1,12 @@
 """Files: what is read is whole and no larger than it says, and what is yours stays as it is."""
 
 import contextlib
+import copy
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import zipfile
 from argparse import Namespace
@@ -13,8 +15,12 @@ import pytest
 import torch
 from conftest import run
 
+import pretrain
 import runtime
-from runtime import BASE, load, save
+import train
+from data import toy
+from quant import deltas, quantize
+from runtime import BASE, load, load_model, save
 
 MO = BASE.parent / "subjects" / "mo"
 SHORTEST = ("--steps", 1, "--batch", 1, "--sample-steps", 1, "--calibration", "minmax")
@@ -160,3 +166,167 @@ def no_memory_on_a_gpu():
 def test_too_little_memory_is_one_sentence(main, capsys):
     script = Namespace(__name__="script", main=main)
     assert "too little memory; lower --batch" in error_of(script, capsys=capsys)
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on from a state
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a base, a subject and a finished run, and the flags of that run."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(BASE, folder / "base.pt")
+    shutil.copytree(MO, folder / "subject")
+    flags = ("--base", folder / "base.pt", "--subject", folder / "subject", "--out", folder / "out")
+    flags = (*SHORTEST, *flags)
+    assert run(train, *flags) == 0
+    return folder, flags
+
+
+@contextlib.contextmanager
+def put_back(path):
+    """Give a file its bytes again."""
+    before = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def test_other_weights_at_the_same_path_are_not_resumed(finished, capsys):
+    folder, flags = finished
+    with put_back(folder / "base.pt"):
+        base = load(BASE, "model")
+        base["model"]["out.bias"][0] += 0.5
+        save(base, folder / "base.pt")
+        error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--base had other contents" in error
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.txt"])
+def test_other_images_or_captions_at_the_same_path_are_not_resumed(name, finished, capsys):
+    folder, flags = finished
+    with put_back(folder / "subject" / name):
+        shutil.copy(MO / f"4{name[1:]}", folder / "subject" / name)
+        error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--subject had other contents" in error
+
+
+def test_another_number_of_processes_is_not_resumed(finished, capsys, monkeypatch):
+    _, flags = finished
+    monkeypatch.setattr(runtime, "WORLD_SIZE", 2)
+    error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--nproc_per_node 1" in error
+
+
+def test_the_same_contents_are_resumed(finished, capsys):
+    _, flags = finished
+    assert run(train, *flags, "--resume") == 0
+
+
+def test_what_a_state_says_about_its_run_is_shortened(finished, capsys):
+    folder, flags = finished
+    path = folder / "out" / "state.pt"
+    with put_back(path):
+        state = load(path, "fine-tuning")
+        save({**state, "args": {**state["args"], "lr": "9\n" * 10_000}}, path)
+        assert len(error_of(train, *flags, "--resume", capsys=capsys)) < 400
+        for wrong in ({"args": [1, 2]}, {"inputs": "all of them"}):
+            save({**state, **wrong}, path)
+            error = error_of(train, *flags, "--resume", capsys=capsys)
+            assert "whole state of this version" in error
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Of a run of two steps: its arguments, its state, the subject, a fresh model."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = ("--steps", 2, "--batch", 2, "--device", "cpu", "--out", folder)
+    args = train.arguments([str(flag) for flag in flags])
+    subject = toy.load_subject(MO)
+    model = quantize(load_model(BASE), 4, 1, calibration="minmax")
+    train.finetune(copy.deepcopy(model), args, *subject)
+    return args, load(folder / "state.pt", "fine-tuning"), subject, model
+
+
+def without(key):
+    def damage(state):
+        del state[key]
+
+    return damage
+
+
+def with_value(value, *keys):
+    """Put value at state[key][key]..."""
+
+    def damage(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return damage
+
+
+FIRST = "time.0.d_out_0"  # a delta (128,)
+DAMAGES = {
+    "no step": without("step"),
+    "no deltas": without("trained"),
+    "no optimizer": without("optimizer"),
+    "no generator": without("generator"),
+    "a step of another kind": with_value("two", "step"),
+    "a negative step": with_value(-1, "step"),
+    "a delta that is missing": lambda state: state["trained"].pop(FIRST),
+    "a delta too many": with_value(torch.zeros(3), "trained", "extra"),
+    "a delta that would broadcast": with_value(torch.ones(1), "trained", FIRST),
+    "a NaN": with_value(torch.full((128,), torch.nan), "trained", FIRST),
+    "a number": with_value(1.0, "trained", FIRST),
+    "moments that are missing": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "moments that would broadcast": with_value(torch.ones(1), "optimizer", "state", 0, "exp_avg"),
+    "moments of another shape": with_value(torch.ones(9), "optimizer", "state", 0, "exp_avg"),
+    "infinite moments": with_value(torch.tensor(torch.inf), "optimizer", "state", 0, "step"),
+    "moments of no parameter": with_value({}, "optimizer", "state", 9999),
+    "groups of another version": lambda state: state["optimizer"]["param_groups"][0].pop("eps"),
+    "other betas": with_value((0.5, 0.5), "optimizer", "param_groups", 0, "betas"),
+    "no groups": with_value([], "optimizer", "param_groups"),
+    "a generator of no bytes": with_value(torch.zeros(0, dtype=torch.uint8), "generator"),
+    "a generator of zeros": with_value(torch.zeros(5056, dtype=torch.uint8), "generator"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_malformed_state_is_one_sentence_and_changes_nothing(damage, stopped):
+    args, state, subject, model = stopped
+    state = copy.deepcopy(state)
+    DAMAGES[damage](state)
+    with pytest.raises(ValueError, match="whole state of this version; start again"):
+        train.finetune(model, args, *subject, state)
+    for delta in deltas(model).values():
+        assert not delta.any()
+
+
+def test_the_malformed_states_are_malformed_in_one_place(stopped):
+    """The state itself can be resumed, and a state beyond --steps names both numbers."""
+    args, state, subject, model = stopped
+    train.finetune(copy.deepcopy(model), args, *subject, copy.deepcopy(state))
+    with pytest.raises(ValueError, match="at step 2 already; give --steps more"):
+        shorter = Namespace(**{**vars(args), "steps": 1})
+        train.finetune(copy.deepcopy(model), shorter, *subject, copy.deepcopy(state))
+
+
+def test_a_malformed_state_of_pretraining_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+    flags = ("--steps", 1, "--batch", 1, "--device", "cpu", "--out", tmp_path)
+    assert run(pretrain, *flags) == 0
+    capsys.readouterr()
+    state = load(tmp_path / "state.pt", "pretraining")
+    damages = [
+        {"ema": {}},
+        {"model": {**state["model"], "out.bias": torch.ones(1)}},
+        {"ema": {**state["ema"], "out.bias": torch.full((3,), torch.nan)}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+    ]
+    for damage in damages:
+        save({**state, **damage}, tmp_path / "state.pt")
+        error = error_of(pretrain, *flags, "--resume", capsys=capsys)
+        assert "whole state of this version" in error
