@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
+RUN_FILES = ("state.pt", "base.pt", "adapter.pt", "tuned.pt", "grid.png")  # what runs save
 SAVE_EVERY = 200  # steps between two states to --resume from
 RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
@@ -87,18 +89,22 @@ def file_size(obj) -> int:
 def save(obj, path, write=write_checkpoint):
     """Write obj to path by write(obj, file): to a temporary name first, which is then renamed.
 
-    So path holds the old file or the new one, and never half of one. Raises ValueError if it can't
-    be written.
+    So path holds the old file or the new one, and never half of one. The new file has the mode of
+    the old one, and a link stays a link: the file that it leads to is written. Raises ValueError if
+    it can't be.
     """
+    target = where_to_write(path)
     contents = io.BytesIO()  # in memory first: torch.save hides the error of a full disk
     write(obj, contents)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{target}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
+            if os.path.exists(target):
+                shutil.copymode(target, temporary)
             file.write(contents.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -107,6 +113,17 @@ def save(obj, path, write=write_checkpoint):
                 f"{path} can't be written ({error.strerror}); make room, or give another folder"
             ) from None
         raise
+
+
+def where_to_write(path) -> str:
+    """The file that path leads to, which needn't exist yet.
+
+    Raises ValueError for a folder, a device and whatever else isn't a file.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ValueError(f"{path} is a folder or a device; give the path of a file")
+    return target
 
 
 def load(path, *kinds) -> dict:
@@ -300,7 +317,10 @@ def claim(folder):
     Raises ValueError if another run holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
+    path = folder / "lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is not the lock of a run; remove it, or choose another --out")
+    file = open(path, "a")  # it isn't emptied: it may be a file of the user's
     if RANK > 0 or fcntl is None:
         return file
     try:
@@ -328,8 +348,8 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """
     path = args.out / "state.pt"
     saved = load(path, kind)
-    for leftover in args.out.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)  # another process may have been faster
+    if RANK == 0:  # it holds the lock of the folder
+        remove_leftovers(args.out)
     was = saved.get("args")
     inputs_then = saved.get("inputs", {})
     if not isinstance(was, dict) or not isinstance(inputs_then, dict):
@@ -348,6 +368,29 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
                 "bring them back, or choose another --out"
             )
     return saved
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of save that killed runs have left in a run's folder."""
+    if fcntl is None:  # on Windows, where os.kill would end a process
+        return
+    for path in folder.glob("*.tmp"):
+        parts = re.fullmatch(r"(.+)\.(\d{1,9})\.tmp", path.name)
+        if parts and parts[1] in RUN_FILES and not is_running(int(parts[2])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid) -> bool:
+    """True if another process has this number."""
+    if pid == os.getpid():  # a container gives the same number to run after run
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is someone else's
+        return True
+    return True
 
 
 def check_state(saved, args, optimizer, **values):

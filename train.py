@@ -18,6 +18,7 @@ from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
     BASE,
     RANK,
+    RUN_FILES,
     WORLD_SIZE,
     Loop,
     Parser,
@@ -221,6 +222,7 @@ def main():
         raise ValueError(
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
+    check_out(args, folder)
     lock = claim(args.out)
     inputs = {
         "base": checksum(model.state_dict()),
@@ -282,6 +284,21 @@ def find_subject(name):
         if folder.name == name:
             return folder
     return name
+
+
+def check_out(args, folder):
+    """Raise ValueError if a file that the run writes would replace, or join, one that it reads."""
+    out = args.out.resolve()
+    if out == Path(folder).resolve():
+        raise ValueError(
+            f"--out is the folder of --subject, {folder}, and grid.png would be one of its images; "
+            "choose another --out"
+        )
+    base = Path(args.base).resolve()
+    if base.parent == out and base.name in RUN_FILES:
+        raise ValueError(
+            f"--base is {base.name} in --out, and the run would replace it; choose another --out"
+        )
 
 
 def title_of(args):

@@ -8,15 +8,20 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import stat
+import subprocess
 import zipfile
 from argparse import Namespace
 
 import pytest
 import torch
 from conftest import run
+from PIL import Image
 
 import pretrain
 import runtime
+import sample
 import train
 from data import toy
 from quant import deltas, quantize
@@ -330,3 +335,123 @@ def test_a_malformed_state_of_pretraining_is_one_sentence(tmp_path, capsys, monk
         save({**state, **damage}, tmp_path / "state.pt")
         error = error_of(pretrain, *flags, "--resume", capsys=capsys)
         assert "whole state of this version" in error
+
+
+# --------------------------------------------------------------------------------------------------
+# The user's files
+
+
+def test_only_leftovers_of_killed_runs_are_removed(finished, monkeypatch):
+    folder, flags = finished
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone = [f"{name}.{ended.pid}.tmp" for name in ("state.pt", "tuned.pt", "grid.png")]
+    gone.append(f"adapter.pt.{os.getpid()}.tmp")  # in a container, every run may have this number
+    kept = [
+        "notes.tmp",
+        f"thesis.pt.{ended.pid}.tmp",
+        f"state.pt.{os.getppid()}.tmp",  # of a process that still runs
+        "state.pt.tmp",
+        "state.pt.12345678901234567890.tmp",
+    ]
+    args = train.arguments([str(flag) for flag in (*flags, "--resume")])
+    for name in gone + kept:
+        (args.out / name).write_text("mine")
+    try:
+        monkeypatch.setattr(runtime, "RANK", 1)  # not the process that holds the lock
+        runtime.load_state(args, "fine-tuning")
+        assert {path.name for path in args.out.glob("*.tmp")} == {*gone, *kept}
+        monkeypatch.setattr(runtime, "RANK", 0)
+        runtime.load_state(args, "fine-tuning")
+        assert {path.name for path in args.out.glob("*.tmp")} == set(kept)
+    finally:
+        for path in args.out.glob("*.tmp"):
+            path.unlink()
+
+
+def test_a_file_named_lock_keeps_its_contents(tmp_path):
+    (tmp_path / "lock").write_text("the combination is 1-2-3")
+    runtime.claim(tmp_path).close()
+    assert (tmp_path / "lock").read_text() == "the combination is 1-2-3"
+
+
+def test_a_link_or_a_fifo_named_lock_is_refused(tmp_path):
+    (tmp_path / "diary").write_text("dear diary")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "lock").symlink_to(tmp_path / "diary")
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "lock")
+    for name in ("a", "b"):
+        with within(10), pytest.raises(ValueError, match="lock is not the lock of a run"):
+            runtime.claim(tmp_path / name)
+    assert (tmp_path / "diary").read_text() == "dear diary"
+
+
+def test_a_file_keeps_its_mode_and_a_link_its_target(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"")
+    secret.chmod(0o600)
+    (tmp_path / "link.png").symlink_to(secret)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new.png").symlink_to(tmp_path / "elsewhere" / "new.png")  # isn't there yet
+    for name in ("secret.png", "link.png", "new.png"):
+        save(Image.new("RGB", (8, 8)), tmp_path / name, runtime.write_png)
+        assert Image.open(tmp_path / name).size == (8, 8)
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "new.png").is_symlink()
+    assert len(list(tmp_path.rglob("*"))) == 5
+
+
+def test_no_device_fifo_or_socket_is_replaced(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    names = ["fifo", "link", "socket"]
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        names.append("null")
+    before = [os.lstat(tmp_path / name).st_mode for name in names]
+    for name in names:
+        with within(60):
+            flags = ("--n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / name)
+            assert "give the path of a file" in error_of(sample, *flags, capsys=capsys)
+    assert [os.lstat(tmp_path / name).st_mode for name in names] == before
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    server.close()
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--adapter"])
+def test_sampling_does_not_replace_what_it_reads(flag, finished, tmp_path, capsys):
+    folder, _ = finished
+    files = {"--ckpt": tmp_path / "tuned.pt", "--adapter": tmp_path / "adapter.pt"}
+    for path in files.values():
+        shutil.copy(folder / "out" / path.name, path)
+    before = files[flag].read_bytes()
+    flags = ["--n", 1, "--steps", 1, "--device", "cpu"]
+    for item in files.items():
+        flags += item
+    error = error_of(sample, *flags, "--out", files[flag], capsys=capsys)
+    assert f"--out is the file of {flag}" in error
+    assert files[flag].read_bytes() == before
+
+
+def test_a_run_does_not_write_into_its_subject_or_over_its_base(tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    (tmp_path / "link").symlink_to(tmp_path / "subject")
+    before = sorted(os.listdir(tmp_path / "subject"))
+    for out in ("subject", "link"):
+        flags = ("--subject", tmp_path / "subject", "--out", tmp_path / out)
+        assert "--out is the folder of --subject" in error_of(
+            train, *SHORTEST, *flags, capsys=capsys
+        )
+    assert sorted(os.listdir(tmp_path / "subject")) == before
+
+    (tmp_path / "full").mkdir()
+    base = tmp_path / "full" / "tuned.pt"  # as 32 bits leave it
+    shutil.copy(BASE, base)
+    before = base.read_bytes()
+    flags = ("--base", base, "--out", tmp_path / "full")
+    assert "--base is tuned.pt in --out" in error_of(train, *SHORTEST, *flags, capsys=capsys)
+    assert base.read_bytes() == before
