@@ -155,19 +155,41 @@ def load(path, *kinds) -> dict:
 def read_checkpoint(path) -> dict:
     """Read what write_checkpoint wrote. Whatever else the file holds, some exception is raised.
 
-    A checksum may be missing.
+    It never takes much more memory than the size of the file. A checksum may be missing.
     """
+    if not os.path.isfile(path):  # to read a FIFO or a device might never end
+        raise ValueError("not a file")
     with open(path, "rb") as file:
-        if zipfile.ZipFile(file).testzip() is not None:  # the first damaged member
-            raise ValueError("a member is damaged")
+        check_zip(file)
         file.seek(0)
         saved = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict):
         raise ValueError("not a dict")
+    for _, value in leaves(saved):
+        # a few bytes can be stretched, by strides of 0, into a tensor of any size
+        if torch.is_tensor(value) and value.nbytes > os.path.getsize(path):
+            raise ValueError("a tensor that is larger than the file")
     contents = {key: value for key, value in saved.items() if key != "checksum"}
     if "checksum" in saved and checksum(contents) != saved["checksum"]:
         raise ValueError("not what was saved")
     return saved
+
+
+def check_zip(file):
+    """Raise an exception if a zip file is damaged, or isn't as torch.save writes it: uncompressed.
+
+    torch.load checks neither, and some gigabytes of zeros fit into a small compressed file.
+    """
+    archive = zipfile.ZipFile(file)
+    unpacked = 0
+    for member in archive.infolist():
+        unpacked += member.file_size
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a member is compressed")
+    if unpacked > os.fstat(file.fileno()).st_size:
+        raise ValueError("members that are larger than the file")
+    if archive.testzip() is not None:  # the first damaged member
+        raise ValueError("a member is damaged")
 
 
 def load_model(path, device="cpu") -> UNet:
@@ -177,19 +199,54 @@ def load_model(path, device="cpu") -> UNet:
     """
     saved = load(path, "model", "quantized")
     try:
-        model = UNet(**saved["config"])
-        if saved["kind"] == "quantized":
-            # The values are loaded below. minmax is the quickest way to layers of the right shape.
-            config = saved["quant_config"]
-            quantize(model, **{**config, "calibration": "minmax"})
-            model.quant_config = config
-        model.load_state_dict(saved["model"])
-        finite = all(value.isfinite().all() for value in model.state_dict().values())
-    except Exception:
-        finite = False
-    if not finite:
-        raise ValueError(f"{path} doesn't hold a whole model of this version; make it again")
+        check_sizes(saved)
+        model = build_model(saved)
+        check_values(saved["model"], model.state_dict())
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path} doesn't hold a whole model of this version; make it again"
+        ) from None
+    model.load_state_dict(saved["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def check_sizes(saved):
+    """Raise an exception if the model that a checkpoint describes is larger than what it holds.
+
+    Sizes that are wrong could take any memory and time. So the layers are counted before they are
+    made, and the parameters are counted in a model on the meta device, which has no values.
+    """
+    tensors = saved["model"].values()
+    config = saved["config"]
+    count = config["blocks"] * len(config["channels"])
+    if saved["kind"] == "quantized":
+        for key in ("edges", "keep8", "keep_float"):
+            count += len(saved["quant_config"][key])
+    if count > len(tensors):
+        raise ValueError("more layers, buckets and patterns than tensors")
+
+    storages = [value.untyped_storage() for value in tensors]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views share one
+    with torch.device("meta"):
+        model = UNet(**config)
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > 4 * sum(held.values()):  # a parameter takes at least 2 bits
+        raise ValueError("more parameters than the tensors hold")
+
+
+def build_model(saved) -> UNet:
+    """A model like the one of a checkpoint, without its values."""
+    model = UNet(**saved["config"])
+    if saved["kind"] == "quantized":
+        # minmax is the quickest way to layers of the right shape
+        config = saved["quant_config"]
+        quantize(model, **{**config, "calibration": "minmax"})
+        model.quant_config["calibration"] = config["calibration"]
+        if model.quant_config != config:
+            raise ValueError("a quant_config that quantize wouldn't write")
+    return model
 
 
 def check_values(values, like):

@@ -22,6 +22,8 @@ Because the renderer is known, images of this world can be scored exactly: see d
 `python data/toy.py` writes the subjects in data/subjects, and world.png, an image of many scenes.
 """
 
+import os
+import textwrap
 from contextlib import contextmanager
 from functools import cache
 from itertools import permutations, product
@@ -365,9 +367,11 @@ def caption(text):
             continue
         if word not in WORD:
             known = " ".join(VOCAB[1:])
+            word = textwrap.shorten(word, 40)
             raise ValueError(f"unknown word '{word}' in the prompt; the words are: {known} and on")
         slot = slot_of(word, section)
         if slot is None or words[slot] != 0:
+            text = textwrap.shorten(text, 100)
             raise ValueError(
                 f"the prompt {text!r} has no place for '{word}'; write it as "
                 "'sks creature and red circle on green stripes' or 'red circle left on blue checks'"
@@ -453,20 +457,27 @@ def sample_scenes(n, generator, rare=0.3):
 # --------------------------------------------------------------------------------------------------
 # Subjects: folders of a few images
 
-
 @contextmanager
 def refusing(file):
-    """Turn whatever goes wrong while a file is read into a ValueError that names the file."""
+    """Turn whatever goes wrong while a file is read into a ValueError that names the file.
+
+    Anything but a file, such as a FIFO, isn't read at all: that might never end.
+    """
     try:
+        if not file.is_file():
+            raise ValueError("it is not a file")
         yield
     except Exception as error:
-        raise ValueError(f"{file} can't be read ({error}); mend or remove it") from None
+        reason = textwrap.shorten(str(error), 500)
+        raise ValueError(f"{file} can't be read ({reason}); mend or remove it") from None
 
 
 def read_caption(file, name):
     """The caption "NAME creature", and what the file adds if there is one: SLOTS word numbers."""
+    if not os.path.lexists(file):
+        return caption(f"{name} creature")
     with refusing(file):
-        scene = file.read_text() if file.exists() else ""
+        scene = file.read_text(encoding="utf-8")
         return caption(f"{name} creature {scene}")
 
 
@@ -517,10 +528,12 @@ def read_parts(folder):
     Raises ValueError if a line is missing or wrong.
     """
     file = Path(folder) / "parts.txt"
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
+    with refusing(file):
+        text = file.read_text(encoding="utf-8")
     options = {}
-    for line in file.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         words = line.split()
         if len(words) == 2:
             key, option = words

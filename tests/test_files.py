@@ -24,7 +24,7 @@ import runtime
 import sample
 import train
 from data import toy
-from quant import deltas, quantize
+from quant import adapter, check_adapter, deltas, quantize
 from runtime import BASE, load, load_model, save
 
 MO = BASE.parent / "subjects" / "mo"
@@ -455,3 +455,108 @@ def test_a_run_does_not_write_into_its_subject_or_over_its_base(tmp_path, capsys
     flags = ("--base", base, "--out", tmp_path / "full")
     assert "--base is tuned.pt in --out" in error_of(train, *SHORTEST, *flags, capsys=capsys)
     assert base.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes before values, and nothing but files
+
+
+def test_no_model_is_built_that_is_larger_than_its_file(tmp_path, monkeypatch):
+    base = load(BASE, "model")
+    path = tmp_path / "large.pt"
+    built = []
+
+    class Spy(runtime.UNet):
+        def __init__(self, **config):
+            super().__init__(**config)
+            built.extend(p.device.type for p in self.parameters())
+
+    monkeypatch.setattr(runtime, "UNet", Spy)
+    for change in ({"channels": (512, 512)}, {"blocks": 100}, {"vocab": 10**6}):
+        save({**base, "config": {**base["config"], **change}}, path)
+        with pytest.raises(ValueError, match="doesn't hold a whole model"):
+            load_model(path)
+        assert set(built) <= {"meta"}, change
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """The dict of a tuned.pt."""
+    model = quantize(load_model(BASE), 4, calibration="minmax")
+    config = {"config": model.config, "quant_config": model.quant_config}
+    return {"kind": "quantized", **config, "model": model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep8": ["out"] * 100_000},
+        {"edges": [float(edge) for edge in range(100_000)]},
+        {"keep_float": ["nothing.*"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_quantizer_larger_than_its_file_or_of_another_version_is_refused(
+    change, quantized, tmp_path
+):
+    path = tmp_path / "a.pt"
+    config = {**quantized["quant_config"], **change}
+    save({**quantized, "quant_config": config}, path)
+    with within(15), pytest.raises(ValueError, match="doesn't hold a whole model"):
+        load_model(path)
+    del config[next(iter(change))]
+    if set(config) < set(quantized["quant_config"]):
+        save({**quantized, "quant_config": config}, path)
+        with pytest.raises(ValueError, match="doesn't hold a whole model"):
+            load_model(path)
+
+
+def test_compressed_zeros_are_refused(tmp_path):
+    save({"kind": "model", "zeros": torch.zeros(2**22)}, tmp_path / "plain.pt")
+    plain = zipfile.ZipFile(tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "bomb.pt", "model")
+
+
+def test_a_number_stretched_to_a_large_tensor_is_refused(tmp_path):
+    stretched = torch.zeros(1).expand(2**40)
+    torch.save({"kind": "model", "checksum": "0" * 64, "x": stretched}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "a.pt", "model")
+
+
+@pytest.mark.parametrize("name", ["1.png", "0.txt", "parts.txt", "base.pt", "out/state.pt"])
+def test_a_fifo_is_refused_at_once(name, tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    shutil.copy(BASE, tmp_path / "base.pt")
+    (tmp_path / "out").mkdir()
+    folder = tmp_path if "pt" in name.split(".") else tmp_path / "subject"
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    flags = ("--subject", tmp_path / "subject", "--base", tmp_path / "base.pt")
+    with within(60):
+        error = error_of(
+            train, *SHORTEST, *flags, "--out", tmp_path / "out", "--resume", capsys=capsys
+        )
+    assert name in error
+
+
+def test_an_error_prints_no_more_than_a_line_of_what_it_read(tmp_path, quantized):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for caption in ("x" * 100_000, "red " * 100_000, "sks\n" * 10_000):
+        (tmp_path / "0.txt").write_text(caption)
+        with pytest.raises(ValueError, match="0.txt") as caught:
+            toy.load_subject(tmp_path)
+        assert len(str(caught.value)) < 700
+        assert "\n" not in str(caught.value)
+
+    model = quantize(load_model(BASE), 4, calibration="minmax")
+    other = adapter(model)
+    other["quant_config"] = {**other["quant_config"], "edges": list(range(5000))}
+    with pytest.raises(ValueError, match="edges") as caught:
+        check_adapter(model, other)
+    assert len(str(caught.value)) < 300
