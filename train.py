@@ -217,6 +217,8 @@ def main():
     folder = find_subject(args.subject)
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
+    if RANK == 0:
+        print_unused(folder)
     model = load_model(args.base, args.device)
     if hasattr(model, "quant_config"):
         raise ValueError(
@@ -284,6 +286,13 @@ def find_subject(name):
         if folder.name == name:
             return folder
     return name
+
+
+def print_unused(folder):
+    """Print which images of a folder aren't used, if there are any."""
+    counts = [f"{count} {suffix}" for suffix, count in toy.unused_images(folder).items()]
+    if counts:
+        print(f"{folder}: only PNG and JPEG files are used, not these: {', '.join(counts)}")
 
 
 def check_out(args, folder):

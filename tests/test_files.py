@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import os
 import random
 import re
@@ -10,8 +11,10 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import zipfile
+import zlib
 from argparse import Namespace
 
 import pytest
@@ -560,3 +563,113 @@ def test_an_error_prints_no_more_than_a_line_of_what_it_read(tmp_path, quantized
     with pytest.raises(ValueError, match="edges") as caught:
         check_adapter(model, other)
     assert len(str(caught.value)) < 300
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def picture(suffix, **options):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, suffix, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gif", "bmp", "tiff", "webp", "ppm", "eps"])
+def test_other_formats_are_refused_whatever_their_name(kind, tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    def ghostscript(*args, **kwargs):
+        pytest.fail("an EPS file reached Ghostscript")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    (tmp_path / "0.png").write_bytes(picture(kind))
+    with pytest.raises(ValueError, match="0.png can't be read"):
+        toy.load_subject(tmp_path)
+
+
+def test_png_jpeg_and_photos_of_phones_are_read_whatever_their_name(tmp_path):
+    preview = Image.new("RGB", (8, 8), "blue")
+    (tmp_path / "0.png").write_bytes(picture("jpeg"))
+    (tmp_path / "1.jpg").write_bytes(picture("png"))
+    (tmp_path / "2.jpg").write_bytes(picture("mpo", save_all=True, append_images=[preview]))
+    images, _ = toy.load_subject(tmp_path)
+    red = torch.tensor([1.0, -1, -1]).view(3, 1, 1)
+    assert (images - red).abs().max() < 0.05
+
+
+def test_hidden_files_are_not_images(tmp_path):
+    """macOS writes ._0.png beside 0.png on other systems' disks."""
+    (tmp_path / "0.png").write_bytes(picture("png"))
+    (tmp_path / "._0.png").write_bytes(b"Mac OS X        ")
+    images, _ = toy.load_subject(tmp_path)
+    assert len(images) == 1
+
+
+def test_a_byte_order_mark_and_zero_width_spaces_are_harmless(tmp_path):
+    shutil.copytree(MO, tmp_path / "marked")
+    for file in (tmp_path / "marked").glob("*.txt"):
+        text = file.read_text()
+        file.write_text("\ufeff\u200b" + text.replace(" ", " \u200b"), encoding="utf-8")
+    _, captions = toy.load_subject(MO)
+    _, marked = toy.load_subject(tmp_path / "marked")
+    assert torch.equal(marked, captions)
+    assert torch.equal(toy.read_parts(tmp_path / "marked"), toy.read_parts(MO))
+    assert toy.caption("red\u200b \u2060circle") == toy.caption("red circle")
+
+
+def test_images_of_other_formats_are_counted(tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    for name in ("a.webp", "b.WEBP", "c.heic", ".d.webp", "e.doc"):
+        (tmp_path / "subject" / name).write_bytes(b"")
+    run(train, "--subject", tmp_path / "subject", "--base", "missing.pt", "--out", tmp_path / "out")
+    assert "only PNG and JPEG files are used, not these: 2 .webp, 1 .heic\n" in (
+        capsys.readouterr().out
+    )
+    run(train, "--base", "missing.pt", "--out", tmp_path / "out")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_broken_exif_block_does_not_reject_an_intact_image(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture("png", exif=b"junk"))
+    (tmp_path / "1.png").write_bytes(picture("png", exif=b"II*\0"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    exif[0x010F] = "maker"
+    left = Image.new("RGB", (16, 16), "red")
+    left.paste("blue", (0, 0, 8, 16))
+    file = io.BytesIO()
+    left.save(file, "jpeg", exif=exif, quality=100, subsampling=0)
+    good = file.getvalue()
+    broken = good.replace(b"\x01\x0f\x00\x02", b"\x01\x03\x00\x02")  # a number that is a text
+    assert broken != good
+    (tmp_path / "2.jpg").write_bytes(good)
+    (tmp_path / "3.jpg").write_bytes(broken)
+    images, _ = toy.load_subject(tmp_path)
+    assert torch.equal(images[2], images[3])
+
+
+def png(width, height):
+    """A PNG file that says it has this size, without pixels."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [8001, 11_000])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path, recwarn):
+    (tmp_path / "0.png").write_bytes(png(side, side))
+    with pytest.raises(ValueError, match="0.png can't be read .it has more than 64,000,000 pixels"):
+        toy.load_subject(tmp_path)
+    assert not recwarn.list
