@@ -18,6 +18,7 @@ from runtime import (
     WORLD_SIZE,
     Loop,
     Parser,
+    check_state,
     claim,
     describe,
     guard,
@@ -74,6 +75,7 @@ def pretrain(args):
     first = 0
     if args.resume:
         state = load_state(args, "pretraining", may_differ=("steps",))  # more steps may follow
+        check_state(state, args, optimizer, model=model.state_dict(), ema=ema.state_dict())
         first = state["step"]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])

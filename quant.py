@@ -46,6 +46,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import reprlib
 from contextvars import ContextVar
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -895,7 +896,8 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
         raise ValueError(f"{other}, or is damaged: it has no quant_config; {give}")
     for key, mine in model.quant_config.items():
         if config.get(key) != mine:
-            raise ValueError(f"{other}, of {key} {config.get(key)} instead of {mine}; {give}")
+            theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
+            raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
     if saved.get("fingerprint") != fingerprint(model):
         raise ValueError(f"{other}, of other weights or another dtype; {give}")
 

@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -23,6 +26,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
+RUN_FILES = ("state.pt", "base.pt", "adapter.pt", "tuned.pt", "grid.png")  # what runs save
 SAVE_EVERY = 200  # steps between two states to --resume from
 RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
@@ -32,27 +36,42 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there ar
 # --------------------------------------------------------------------------------------------------
 
 
-def save(obj, path, write=torch.save):
-    """Write obj to path by write(obj, file): to a temporary name first, which is then renamed.
+def checksum(obj) -> str:
+    """SHA-256 over the names, tensors and plain values in nested dicts, lists and tuples.
 
-    So path holds the old file or the new one, and never half of one. Raises ValueError if it can't
-    be written.
+    Of a tensor it covers the dtype, the shape and the bytes.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"{path} can't be written ({error.strerror}); make room, or give another folder"
-            ) from None
-        raise
+    digest = hashlib.sha256()
+    for name, value in leaves(obj):
+        if torch.is_tensor(value):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            as_bytes = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(as_bytes.numpy())
+        else:
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+def leaves(obj, name=""):
+    """Yield (name, value) for all that is in nested dicts, lists and tuples, as in
+
+    {"a": 1, "b": [2]}  ->  ("", "dict 2"), ("['a']", 1), ("['b']", "list 1"), ("['b'][0]", 2)
+    """
+    if isinstance(obj, dict):
+        items = obj.items()
+    elif isinstance(obj, (list, tuple)):
+        items = enumerate(obj)
+    else:
+        yield name, obj
+        return
+    yield name, f"{type(obj).__name__} {len(obj)}"
+    for key, value in items:
+        yield from leaves(value, f"{name}[{key!r}]")
+
+
+def write_checkpoint(obj, file):
+    """Write a dict with torch.save, and its checksum beside it."""
+    torch.save({**obj, "checksum": checksum(obj)}, file)
 
 
 def write_png(image, file):
@@ -67,25 +86,110 @@ def file_size(obj) -> int:
     return file.tell()
 
 
-def load(path, *kinds) -> dict:
-    """Read a file that save wrote, whose "kind" is one of kinds.
+def save(obj, path, write=write_checkpoint):
+    """Write obj to path by write(obj, file): to a temporary name first, which is then renamed.
 
-    Raises ValueError if it is missing, damaged or of another kind.
+    So path holds the old file or the new one, and never half of one. The new file has the mode of
+    the old one, and a link stays a link: the file that it leads to is written. Raises ValueError if
+    it can't be.
     """
+    target = where_to_write(path)
+    contents = io.BytesIO()  # in memory first: torch.save hides the error of a full disk
+    write(obj, contents)
+    temporary = f"{target}.{os.getpid()}.tmp"
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # checks the checksums; torch.load doesn't
-        obj = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        with open(temporary, "wb") as file:
+            if os.path.exists(target):
+                shutil.copymode(target, temporary)
+            file.write(contents.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"{path} can't be written ({error.strerror}); make room, or give another folder"
+            ) from None
+        raise
+
+
+def where_to_write(path) -> str:
+    """The file that path leads to, which needn't exist yet.
+
+    Raises ValueError for a folder, a device and whatever else isn't a file.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ValueError(f"{path} is a folder or a device; give the path of a file")
+    return target
+
+
+def load(path, *kinds) -> dict:
+    """Read a checkpoint that save wrote, whose "kind" is one of kinds.
+
+    Raises ValueError if it is missing, damaged, of another kind, or not written by save.
+    """
+    if not os.path.exists(path):
         raise ValueError(
             f"{path} doesn't exist; give the path of a checkpoint ({' or '.join(kinds)})"
+        )
+    try:
+        saved = read_checkpoint(path)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint; give one that this project wrote"
         ) from None
-    except Exception:
-        damaged = True
-    if damaged:
-        raise ValueError(f"{path} is damaged or not a checkpoint; give one that this project wrote")
-    if not isinstance(obj, dict) or obj.get("kind") not in kinds:
+    if saved.pop("checksum", None) is None:
+        raise ValueError(
+            f"{path} has no checksum: an older version wrote it, or another program; make it again"
+        )
+    if saved.get("kind") not in kinds:
         raise ValueError(f"{path} is not a checkpoint of kind {' or '.join(kinds)}; give one")
-    return obj
+    return saved
+
+
+def read_checkpoint(path) -> dict:
+    """Read what write_checkpoint wrote. Whatever else the file holds, some exception is raised.
+
+    It never takes much more memory than the size of the file. A checksum may be missing.
+    """
+    if not os.path.isfile(path):  # to read a FIFO or a device might never end
+        raise ValueError("not a file")
+    with open(path, "rb") as file:
+        check_zip(file)
+        file.seek(0)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise ValueError("not a dict")
+    for _, value in leaves(saved):
+        # a few bytes can be stretched, by strides of 0, into a tensor of any size
+        if torch.is_tensor(value) and value.nbytes > os.path.getsize(path):
+            raise ValueError("a tensor that is larger than the file")
+    contents = {key: value for key, value in saved.items() if key != "checksum"}
+    if "checksum" in saved and checksum(contents) != saved["checksum"]:
+        raise ValueError("not what was saved")
+    return saved
+
+
+def check_zip(file):
+    """Raise an exception if a zip file is damaged, or isn't as torch.save writes it: uncompressed.
+
+    torch.load checks neither, and some gigabytes of zeros fit into a small compressed file.
+    """
+    archive = zipfile.ZipFile(file)
+    unpacked = 0
+    for member in archive.infolist():
+        unpacked += member.file_size
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a member is compressed")
+    if unpacked > os.fstat(file.fileno()).st_size:
+        raise ValueError("members that are larger than the file")
+    if archive.testzip() is not None:  # the first damaged member
+        raise ValueError("a member is damaged")
 
 
 def load_model(path, device="cpu") -> UNet:
@@ -95,19 +199,71 @@ def load_model(path, device="cpu") -> UNet:
     """
     saved = load(path, "model", "quantized")
     try:
-        model = UNet(**saved["config"])
-        if saved["kind"] == "quantized":
-            # The values are loaded below. minmax is the quickest way to layers of the right shape.
-            config = saved["quant_config"]
-            quantize(model, **{**config, "calibration": "minmax"})
-            model.quant_config = config
-        model.load_state_dict(saved["model"])
-        finite = all(value.isfinite().all() for value in model.state_dict().values())
-    except Exception:
-        finite = False
-    if not finite:
-        raise ValueError(f"{path} doesn't hold a whole model of this version; make it again")
+        check_sizes(saved)
+        model = build_model(saved)
+        check_values(saved["model"], model.state_dict())
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{path} doesn't hold a whole model of this version; make it again"
+        ) from None
+    model.load_state_dict(saved["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def check_sizes(saved):
+    """Raise an exception if the model that a checkpoint describes is larger than what it holds.
+
+    Sizes that are wrong could take any memory and time. So the layers are counted before they are
+    made, and the parameters are counted in a model on the meta device, which has no values.
+    """
+    tensors = saved["model"].values()
+    config = saved["config"]
+    count = config["blocks"] * len(config["channels"])
+    if saved["kind"] == "quantized":
+        for key in ("edges", "keep8", "keep_float"):
+            count += len(saved["quant_config"][key])
+    if count > len(tensors):
+        raise ValueError("more layers, buckets and patterns than tensors")
+
+    storages = [value.untyped_storage() for value in tensors]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}  # views share one
+    with torch.device("meta"):
+        model = UNet(**config)
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > 4 * sum(held.values()):  # a parameter takes at least 2 bits
+        raise ValueError("more parameters than the tensors hold")
+
+
+def build_model(saved) -> UNet:
+    """A model like the one of a checkpoint, without its values."""
+    model = UNet(**saved["config"])
+    if saved["kind"] == "quantized":
+        # minmax is the quickest way to layers of the right shape
+        config = saved["quant_config"]
+        quantize(model, **{**config, "calibration": "minmax"})
+        model.quant_config["calibration"] = config["calibration"]
+        if model.quant_config != config:
+            raise ValueError("a quant_config that quantize wouldn't write")
+    return model
+
+
+def check_values(values, like):
+    """Raise ValueError unless values are tensors with the names and shapes of like, all finite.
+
+    A float may have any dtype, other values have the same.
+    """
+    if values.keys() != like.keys():
+        raise ValueError("other names")
+    for name, value in values.items():
+        expected = like[name]
+        both_float = value.is_floating_point() and expected.is_floating_point()
+        same_dtype = both_float or value.dtype == expected.dtype
+        if value.shape != expected.shape or not same_dtype:
+            raise ValueError(f"{name} has another shape or dtype")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} isn't finite")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,6 +332,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def is_out_of_memory(error) -> bool:
+    """True for what Python and PyTorch raise if there is too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    said = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, CPU, Windows
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
 def guard(main):
     """Run a script's main function. Only faults of the code itself end with a traceback.
 
@@ -186,7 +350,9 @@ def guard(main):
         main()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            error = ValueError("there is too little memory; lower --batch or --n, or free some")
         lost_peer = "peer" in str(error)  # another process of torchrun's has died
         if isinstance(error, RuntimeError) and not lost_peer:
             raise
@@ -208,7 +374,10 @@ def claim(folder):
     Raises ValueError if another run holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
+    path = folder / "lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is not the lock of a run; remove it, or choose another --out")
+    file = open(path, "a")  # it isn't emptied: it may be a file of the user's
     if RANK > 0 or fcntl is None:
         return file
     try:
@@ -221,28 +390,108 @@ def claim(folder):
 
 
 def describe(args) -> dict[str, str]:
-    """The flags that a run must share with the one that it resumes."""
+    """The flags that a run must share with the one that it resumes, torchrun's among them."""
     free = ("resume", "out", "device", "sample_steps", "compile", "checkpoint")
-    return {key: str(value) for key, value in vars(args).items() if key not in free}
+    flags = {key: str(value) for key, value in vars(args).items() if key not in free}
+    return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 
 
-def load_state(args, kind, may_differ=()) -> dict:
+def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    Raises ValueError if there is none, or if the flags of that run differ by more than may_differ.
+    inputs: the checksum of what stands at the path of a flag, {flag: checksum}, as in the state.
+    Raises ValueError if there is no state, if the flags of that run differ by more than may_differ,
+    or if its inputs differ.
     """
     path = args.out / "state.pt"
     saved = load(path, kind)
-    for leftover in args.out.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)  # another process may have been faster
-    was = saved.get("args", {})
+    if RANK == 0:  # it holds the lock of the folder
+        remove_leftovers(args.out)
+    was = saved.get("args")
+    inputs_then = saved.get("inputs", {})
+    if not isinstance(was, dict) or not isinstance(inputs_then, dict):
+        raise not_whole(path)
     differ = [key for key, value in describe(args).items() if was.get(key) != value]
     if not set(differ) <= set(may_differ):
-        flags = " ".join(f"--{key} {was.get(key)}" for key in differ)
+        values = {key: textwrap.shorten(str(was.get(key)), 60) for key in differ}
+        flags = " ".join(f"--{key} {value}" for key, value in values.items())
         raise ValueError(
             f"{path} is of a run with {flags}; resume with the same, or choose another --out"
         )
+    for flag, value in (inputs or {}).items():
+        if inputs_then.get(flag) != value:
+            raise ValueError(
+                f"{path} is of a run for which --{flag} had other contents; "
+                "bring them back, or choose another --out"
+            )
     return saved
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of save that killed runs have left in a run's folder."""
+    if fcntl is None:  # on Windows, where os.kill would end a process
+        return
+    for path in folder.glob("*.tmp"):
+        parts = re.fullmatch(r"(.+)\.(\d{1,9})\.tmp", path.name)
+        if parts and parts[1] in RUN_FILES and not is_running(int(parts[2])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid) -> bool:
+    """True if another process has this number."""
+    if pid == os.getpid():  # a container gives the same number to run after run
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is someone else's
+        return True
+    return True
+
+
+def check_state(saved, args, optimizer, **values):
+    """Raise ValueError unless a state of load_state fits this run. Nothing is changed.
+
+    values: by their names in the state, the tensors that it is going to replace, {name: tensor}.
+    """
+    path = args.out / "state.pt"
+    try:
+        for name, like in values.items():
+            check_values(saved[name], like)
+        check_optimizer(saved["optimizer"], optimizer)
+        torch.Generator().set_state(saved["generator"])
+        whole = type(saved["step"]) is int and saved["step"] >= 0
+    except Exception:
+        whole = False
+    if not whole:
+        raise not_whole(path)
+    if saved["step"] > args.steps:
+        raise ValueError(f"{path} is at step {saved['step']} already; give --steps more than that")
+
+
+def not_whole(path) -> ValueError:
+    """The error for a state that isn't as this version saves it."""
+    return ValueError(
+        f"{path} doesn't hold a whole state of this version; start again without --resume"
+    )
+
+
+def check_optimizer(saved, optimizer):
+    """Raise an exception unless saved is a state of this Adam or AdamW, all of it finite."""
+    groups = optimizer.state_dict()["param_groups"]
+    if without_lr(saved["param_groups"]) != without_lr(groups):  # each step has its own lr
+        raise ValueError("other arguments, or another version of PyTorch")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = dict(enumerate(parameters))
+    for number, moments in saved["state"].items():
+        p = numbered[number]
+        check_values(moments, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p})
+
+
+def without_lr(groups) -> list[dict]:
+    """Copies of an optimizer's groups without the learning rate."""
+    return [{key: value for key, value in group.items() if key != "lr"} for group in groups]
 
 
 class Loop:

@@ -5,6 +5,7 @@ are DDPM's ancestral sampling and DDIM. Both visit all T timesteps or an evenly 
 both use classifier-free guidance.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion
 from quant import bucket, load_adapter, merge
-from runtime import BASE, Parser, guard, load, load_model, save, write_png
+from runtime import BASE, Parser, guard, load, load_model, save, where_to_write, write_png
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
@@ -134,11 +135,20 @@ def arguments():
     return parser.parse_args()
 
 
+def check_out(args):
+    """Raise ValueError if --out is no place for an image, or a file that is read."""
+    out = where_to_write(args.out)
+    for flag, path in (("--ckpt", args.ckpt), ("--adapter", args.adapter)):
+        if path and os.path.realpath(path) == out:
+            raise ValueError(f"--out is the file of {flag}, {path}; give another")
+
+
 def main():
     args = arguments()
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
     if not words.any():
         raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
+    check_out(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     model = load_model(args.ckpt, args.device)

@@ -18,9 +18,12 @@ from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
     BASE,
     RANK,
+    RUN_FILES,
     WORLD_SIZE,
     Loop,
     Parser,
+    check_state,
+    checksum,
     claim,
     describe,
     file_size,
@@ -110,11 +113,11 @@ def learning_rate(args, step):
     return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
-def finetune(model, args, instance, captions, state=None):
+def finetune(model, args, instance, captions, state=None, inputs=None):
     """Train all parameters that require a gradient; of a quantized model, these are the deltas.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
-    has saved in state.pt, to go on from.
+    has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.
 
         loss = MSE on args.batch instance images + args.prior * MSE on args.batch class images
     """
@@ -124,6 +127,7 @@ def finetune(model, args, instance, captions, state=None):
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     first = 0
     if state is not None:
+        check_state(state, args, optimizer, trained=trained)
         first = state["step"]
         with torch.no_grad():
             for name, p in trained.items():
@@ -136,6 +140,7 @@ def finetune(model, args, instance, captions, state=None):
             "kind": "fine-tuning",
             "step": step,
             "args": describe(args),
+            "inputs": inputs or {},
             "trained": trained,
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
@@ -218,13 +223,20 @@ def main():
     folder = find_subject(args.subject)
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
+    if RANK == 0:
+        print_unused(folder)
     model = load_model(args.base, args.device)
     if hasattr(model, "quant_config"):
         raise ValueError(
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
+    check_out(args, folder)
     lock = claim(args.out)
-    state = load_state(args, "fine-tuning") if args.resume else None
+    inputs = {
+        "base": checksum(model.state_dict()),
+        "subject": checksum([instance, captions]),
+    }
+    state = load_state(args, "fine-tuning", inputs) if args.resume else None
 
     # quantize
     header = {"kind": "model", "config": model.config}
@@ -239,7 +251,7 @@ def main():
         images_before, scores_before = evaluate(model, parts, args)
 
     # fine-tune
-    finetune(model, args, instance, captions, state)
+    finetune(model, args, instance, captions, state, inputs)
     if RANK > 0:
         return
 
@@ -280,6 +292,28 @@ def find_subject(name):
         if folder.name == name:
             return folder
     return name
+
+
+def print_unused(folder):
+    """Print which images of a folder aren't used, if there are any."""
+    counts = [f"{count} {suffix}" for suffix, count in toy.unused_images(folder).items()]
+    if counts:
+        print(f"{folder}: only PNG and JPEG files are used, not these: {', '.join(counts)}")
+
+
+def check_out(args, folder):
+    """Raise ValueError if a file that the run writes would replace, or join, one that it reads."""
+    out = args.out.resolve()
+    if out == Path(folder).resolve():
+        raise ValueError(
+            f"--out is the folder of --subject, {folder}, and grid.png would be one of its images; "
+            "choose another --out"
+        )
+    base = Path(args.base).resolve()
+    if base.parent == out and base.name in RUN_FILES:
+        raise ValueError(
+            f"--base is {base.name} in --out, and the run would replace it; choose another --out"
+        )
 
 
 def title_of(args):

@@ -22,6 +22,10 @@ Because the renderer is known, images of this world can be scored exactly: see d
 `python data/toy.py` writes the subjects in data/subjects, and world.png, an image of many scenes.
 """
 
+import os
+import textwrap
+import warnings
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from itertools import permutations, product
@@ -32,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 # --------------------------------------------------------------------------------------------------
 # What there is in the world
@@ -345,6 +349,13 @@ def slot_of(word, section):
     return None
 
 
+def visible(text):
+    """text without zero-width spaces and byte order marks, which editors and web pages leave."""
+    for character in "\u200b\u200c\u200d\u2060\ufeff":
+        text = text.replace(character, "")
+    return text
+
+
 def caption(text):
     """The SLOTS word numbers of a prompt such as "sks creature and red circle on green stripes".
 
@@ -354,7 +365,7 @@ def caption(text):
     """
     words = [0] * SLOTS
     section = "first"
-    for word in text.lower().replace(",", " ").split():
+    for word in visible(text).lower().replace(",", " ").split():
         if word in ("a", "an", "the", "in"):
             continue
         if word == "and":
@@ -365,9 +376,11 @@ def caption(text):
             continue
         if word not in WORD:
             known = " ".join(VOCAB[1:])
+            word = textwrap.shorten(word, 40)
             raise ValueError(f"unknown word '{word}' in the prompt; the words are: {known} and on")
         slot = slot_of(word, section)
         if slot is None or words[slot] != 0:
+            text = textwrap.shorten(text, 100)
             raise ValueError(
                 f"the prompt {text!r} has no place for '{word}'; write it as "
                 "'sks creature and red circle on green stripes' or 'red circle left on blue checks'"
@@ -453,33 +466,84 @@ def sample_scenes(n, generator, rare=0.3):
 # --------------------------------------------------------------------------------------------------
 # Subjects: folders of a few images
 
+SUFFIXES = (".png", ".jpg", ".jpeg")
+OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff", ".webp")
+TURNS = {  # by the orientation in an EXIF block
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 64_000_000  # of an image file; it takes ten times as many bytes of memory
+
 
 @contextmanager
 def refusing(file):
-    """Turn whatever goes wrong while a file is read into a ValueError that names the file."""
+    """Turn whatever goes wrong while a file is read into a ValueError that names the file.
+
+    Anything but a file, such as a FIFO, isn't read at all: that might never end.
+    """
     try:
+        if not file.is_file():
+            raise ValueError("it is not a file")
         yield
     except Exception as error:
-        raise ValueError(f"{file} can't be read ({error}); mend or remove it") from None
+        reason = textwrap.shorten(str(error), 500)
+        raise ValueError(f"{file} can't be read ({reason}); mend or remove it") from None
 
 
 def read_caption(file, name):
     """The caption "NAME creature", and what the file adds if there is one: SLOTS word numbers."""
+    if not os.path.lexists(file):
+        return caption(f"{name} creature")
     with refusing(file):
-        scene = file.read_text() if file.exists() else ""
+        scene = file.read_text(encoding="utf-8")
         return caption(f"{name} creature {scene}")
+
+
+def open_image(file):
+    """Open a PNG or JPEG file, whatever its name says: a PIL image that isn't decoded yet.
+
+    Other formats stay shut: Pillow reads dozens, and starts another program for some of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is less
+        return Image.open(file, formats=("PNG", "JPEG"))
+
+
+def check_image(image):
+    """Raise ValueError for an image that is too large, animated, or of more than 8 bits."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+    if image.mode[0] in "IF":  # modes "I", "I;16" and "F" have 16 or 32 bits
+        raise ValueError("it has more than 8 bits a channel")
+    is_photo = image.format == "MPO"  # a JPEG as phones write it: a photo and a preview
+    if not is_photo and getattr(image, "is_animated", False):
+        raise ValueError("it is animated")
+
+
+def upright(image):
+    """The image, turned as its EXIF block says; as it is, if that block is broken.
+
+    ImageOps.exif_transpose would write the block anew, too, and fail on an image that is intact.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return image
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def read_image(file):
     """Read an image file of any size: (3, 16, 16) in [-1, 1], transparency flattened onto black."""
-    with refusing(file):
-        image = Image.open(file)
-        if image.mode[0] in "IF":  # modes "I", "I;16" and "F" have 16 or 32 bits
-            raise ValueError("it has more than 8 bits a channel")
-        is_photo = image.format == "MPO"  # as phones write it: a photo and a preview
-        if not is_photo and getattr(image, "is_animated", False):
-            raise ValueError("it is animated")
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+    with refusing(file), open_image(file) as image:
+        check_image(image)
+        image.load()
+        image = upright(image).convert("RGBA")
     black = Image.new("RGBA", image.size, "black")
     image = Image.alpha_composite(black, image).convert("RGB")
     if image.size != (SIZE, SIZE):
@@ -488,15 +552,28 @@ def read_image(file):
     return pixels.permute(2, 0, 1) / 127.5 - 1                    # (3, 16, 16) in [-1, 1]
 
 
+def files_with(suffixes, folder):
+    """The files in a folder with these suffixes, in the order of their names; no hidden ones."""
+    files = []
+    for file in sorted(Path(folder).glob("*")):
+        if file.suffix.lower() in suffixes and not file.name.startswith("."):
+            files.append(file)
+    return files
+
+
+def unused_images(folder):
+    """How many images of other formats a folder has: {suffix: count}."""
+    return Counter(file.suffix.lower() for file in files_with(OTHER_SUFFIXES, folder))
+
+
 def load_subject(folder, name="sks"):
     """Load a folder of PNG and JPEG files: images (N, 3, 16, 16) in [-1, 1], captions (N, SLOTS).
 
-    An image's caption is "NAME creature", and what a text file of the same name adds, such as "on
-    green stripes".
+    Hidden files, whose names start with a dot, are left out. An image's caption is "NAME creature",
+    and what a text file of the same name adds, such as "on green stripes".
     Raises ValueError if the folder has no images, or if an image or a caption can't be read.
     """
-    files = sorted(Path(folder).glob("*"))
-    files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    files = files_with(SUFFIXES, folder)
     if not files:
         raise ValueError(
             f"{folder} is not a folder with PNG or JPEG files; "
@@ -517,10 +594,12 @@ def read_parts(folder):
     Raises ValueError if a line is missing or wrong.
     """
     file = Path(folder) / "parts.txt"
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
+    with refusing(file):
+        text = visible(file.read_text(encoding="utf-8"))
     options = {}
-    for line in file.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         words = line.split()
         if len(words) == 2:
             key, option = words

@@ -1,0 +1,675 @@
+"""Files: what is read is whole and no larger than it says, and what is yours stays as it is."""
+
+import contextlib
+import copy
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import zipfile
+import zlib
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+
+import pretrain
+import runtime
+import sample
+import train
+from data import toy
+from quant import adapter, check_adapter, deltas, quantize
+from runtime import BASE, load, load_model, save
+
+MO = BASE.parent / "subjects" / "mo"
+SHORTEST = ("--steps", 1, "--batch", 1, "--sample-steps", 1, "--calibration", "minmax")
+SHORTEST = (*SHORTEST, "--device", "cpu")
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Fail if it takes longer: what waits for a FIFO waits for ever."""
+
+    def too_long(*_):
+        pytest.fail(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def error_of(script, *args, capsys):
+    """The sentence that a script ends with."""
+    assert run(script, *args) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("sampling:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checksums
+
+
+def same(a, b):
+    """True if two nested dicts hold the same tensors and values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    """One class of them passes Python's checks, and torch then reads nothing.
+
+    It makes a member of the zip a folder: bit 4 of byte 38 of its entry in the directory.
+    """
+    torch.manual_seed(0)
+    path = tmp_path / "a.pt"
+    held = {"kind": "model", "a": torch.randn(30), "b": {"c": torch.arange(9), "d": (1, 2.5, "x")}}
+    save(held, path)
+    good = path.read_bytes()
+    directory = zipfile.ZipFile(path).start_dir
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", good)]
+    assert min(entries) == directory
+    places = [8 * (entry + 38) + 4 for entry in entries]
+    chance = random.Random(0)
+    places += chance.sample(range(8 * directory), 200)
+    places += chance.sample(range(8 * directory, 8 * len(good)), 200)
+    refused = 0
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = load(path, "model")
+        except ValueError:
+            refused += 1
+        else:
+            assert same(found, held), place
+    assert refused > 100
+
+
+def test_a_checkpoint_whose_values_or_names_were_changed_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    held = {"kind": "model", "a": torch.ones(6), "b": {"c": 1.5}, "d": None}
+    save(held, path)
+    assert same(load(path, "model"), held)
+    whole = torch.load(path, weights_only=True)
+    changes = [
+        {"a": torch.ones(6).double()},
+        {"a": torch.ones(2, 3)},
+        {"a": torch.tensor([1.0, 1, 1, 1, 1, 1.0000001])},
+        {"b": {"e": 1.5}},
+        {"b": {"c": 1.25}},
+        {"d": 0},
+        {"new": 1},
+    ]
+    for change in changes:
+        torch.save({**whole, **change}, path)
+        with pytest.raises(ValueError, match="damaged"):
+            load(path, "model")
+    del whole["checksum"]
+    torch.save(whole, path)
+    with pytest.raises(ValueError, match="no checksum"):
+        load(path, "model")
+
+
+def test_the_base_that_ships_is_the_one_of_the_published_results():
+    base = torch.load(BASE, weights_only=True)
+    assert base["checksum"] == runtime.checksum(load(BASE, "model"))
+    assert base["checksum"] == "91c237033414cc4c144382dc1dc494c416d68404fe31d698a161b35c40aa0ddd"
+
+
+# --------------------------------------------------------------------------------------------------
+# A full disk, a full memory
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_ends(tmp_path):
+    path = tmp_path / "state.pt"
+    state = {"kind": "model"}
+    for i in range(20):
+        state[str(i)] = torch.full((5000,), float(i))
+    save(state, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in range(1, len(before), 7_001):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            with pytest.raises(ValueError, match=r"state.pt can't be written .*; make room"):
+                save(state, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def no_memory_in_python():
+    bytearray(2**60)
+
+
+def no_memory_in_torch():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_memory_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("main", [no_memory_in_python, no_memory_in_torch, no_memory_on_a_gpu])
+def test_too_little_memory_is_one_sentence(main, capsys):
+    script = Namespace(__name__="script", main=main)
+    assert "too little memory; lower --batch" in error_of(script, capsys=capsys)
+
+
+# --------------------------------------------------------------------------------------------------
+# Going on from a state
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a base, a subject and a finished run, and the flags of that run."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copy(BASE, folder / "base.pt")
+    shutil.copytree(MO, folder / "subject")
+    flags = ("--base", folder / "base.pt", "--subject", folder / "subject", "--out", folder / "out")
+    flags = (*SHORTEST, *flags)
+    assert run(train, *flags) == 0
+    return folder, flags
+
+
+@contextlib.contextmanager
+def put_back(path):
+    """Give a file its bytes again."""
+    before = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def test_other_weights_at_the_same_path_are_not_resumed(finished, capsys):
+    folder, flags = finished
+    with put_back(folder / "base.pt"):
+        base = load(BASE, "model")
+        base["model"]["out.bias"][0] += 0.5
+        save(base, folder / "base.pt")
+        error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--base had other contents" in error
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.txt"])
+def test_other_images_or_captions_at_the_same_path_are_not_resumed(name, finished, capsys):
+    folder, flags = finished
+    with put_back(folder / "subject" / name):
+        shutil.copy(MO / f"4{name[1:]}", folder / "subject" / name)
+        error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--subject had other contents" in error
+
+
+def test_another_number_of_processes_is_not_resumed(finished, capsys, monkeypatch):
+    _, flags = finished
+    monkeypatch.setattr(runtime, "WORLD_SIZE", 2)
+    error = error_of(train, *flags, "--resume", capsys=capsys)
+    assert "--nproc_per_node 1" in error
+
+
+def test_the_same_contents_are_resumed(finished, capsys):
+    _, flags = finished
+    assert run(train, *flags, "--resume") == 0
+
+
+def test_what_a_state_says_about_its_run_is_shortened(finished, capsys):
+    folder, flags = finished
+    path = folder / "out" / "state.pt"
+    with put_back(path):
+        state = load(path, "fine-tuning")
+        save({**state, "args": {**state["args"], "lr": "9\n" * 10_000}}, path)
+        assert len(error_of(train, *flags, "--resume", capsys=capsys)) < 400
+        for wrong in ({"args": [1, 2]}, {"inputs": "all of them"}):
+            save({**state, **wrong}, path)
+            error = error_of(train, *flags, "--resume", capsys=capsys)
+            assert "whole state of this version" in error
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Of a run of two steps: its arguments, its state, the subject, a fresh model."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = ("--steps", 2, "--batch", 2, "--device", "cpu", "--out", folder)
+    args = train.arguments([str(flag) for flag in flags])
+    subject = toy.load_subject(MO)
+    model = quantize(load_model(BASE), 4, 1, calibration="minmax")
+    train.finetune(copy.deepcopy(model), args, *subject)
+    return args, load(folder / "state.pt", "fine-tuning"), subject, model
+
+
+def without(key):
+    def damage(state):
+        del state[key]
+
+    return damage
+
+
+def with_value(value, *keys):
+    """Put value at state[key][key]..."""
+
+    def damage(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return damage
+
+
+FIRST = "time.0.d_out_0"  # a delta (128,)
+DAMAGES = {
+    "no step": without("step"),
+    "no deltas": without("trained"),
+    "no optimizer": without("optimizer"),
+    "no generator": without("generator"),
+    "a step of another kind": with_value("two", "step"),
+    "a negative step": with_value(-1, "step"),
+    "a delta that is missing": lambda state: state["trained"].pop(FIRST),
+    "a delta too many": with_value(torch.zeros(3), "trained", "extra"),
+    "a delta that would broadcast": with_value(torch.ones(1), "trained", FIRST),
+    "a NaN": with_value(torch.full((128,), torch.nan), "trained", FIRST),
+    "a number": with_value(1.0, "trained", FIRST),
+    "moments that are missing": lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "moments that would broadcast": with_value(torch.ones(1), "optimizer", "state", 0, "exp_avg"),
+    "moments of another shape": with_value(torch.ones(9), "optimizer", "state", 0, "exp_avg"),
+    "infinite moments": with_value(torch.tensor(torch.inf), "optimizer", "state", 0, "step"),
+    "moments of no parameter": with_value({}, "optimizer", "state", 9999),
+    "groups of another version": lambda state: state["optimizer"]["param_groups"][0].pop("eps"),
+    "other betas": with_value((0.5, 0.5), "optimizer", "param_groups", 0, "betas"),
+    "no groups": with_value([], "optimizer", "param_groups"),
+    "a generator of no bytes": with_value(torch.zeros(0, dtype=torch.uint8), "generator"),
+    "a generator of zeros": with_value(torch.zeros(5056, dtype=torch.uint8), "generator"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_malformed_state_is_one_sentence_and_changes_nothing(damage, stopped):
+    args, state, subject, model = stopped
+    state = copy.deepcopy(state)
+    DAMAGES[damage](state)
+    with pytest.raises(ValueError, match="whole state of this version; start again"):
+        train.finetune(model, args, *subject, state)
+    for delta in deltas(model).values():
+        assert not delta.any()
+
+
+def test_the_malformed_states_are_malformed_in_one_place(stopped):
+    """The state itself can be resumed, and a state beyond --steps names both numbers."""
+    args, state, subject, model = stopped
+    train.finetune(copy.deepcopy(model), args, *subject, copy.deepcopy(state))
+    with pytest.raises(ValueError, match="at step 2 already; give --steps more"):
+        shorter = Namespace(**{**vars(args), "steps": 1})
+        train.finetune(copy.deepcopy(model), shorter, *subject, copy.deepcopy(state))
+
+
+def test_a_malformed_state_of_pretraining_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+    flags = ("--steps", 1, "--batch", 1, "--device", "cpu", "--out", tmp_path)
+    assert run(pretrain, *flags) == 0
+    capsys.readouterr()
+    state = load(tmp_path / "state.pt", "pretraining")
+    damages = [
+        {"ema": {}},
+        {"model": {**state["model"], "out.bias": torch.ones(1)}},
+        {"ema": {**state["ema"], "out.bias": torch.full((3,), torch.nan)}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+    ]
+    for damage in damages:
+        save({**state, **damage}, tmp_path / "state.pt")
+        error = error_of(pretrain, *flags, "--resume", capsys=capsys)
+        assert "whole state of this version" in error
+
+
+# --------------------------------------------------------------------------------------------------
+# The user's files
+
+
+def test_only_leftovers_of_killed_runs_are_removed(finished, monkeypatch):
+    folder, flags = finished
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    gone = [f"{name}.{ended.pid}.tmp" for name in ("state.pt", "tuned.pt", "grid.png")]
+    gone.append(f"adapter.pt.{os.getpid()}.tmp")  # in a container, every run may have this number
+    kept = [
+        "notes.tmp",
+        f"thesis.pt.{ended.pid}.tmp",
+        f"state.pt.{os.getppid()}.tmp",  # of a process that still runs
+        "state.pt.tmp",
+        "state.pt.12345678901234567890.tmp",
+    ]
+    args = train.arguments([str(flag) for flag in (*flags, "--resume")])
+    for name in gone + kept:
+        (args.out / name).write_text("mine")
+    try:
+        monkeypatch.setattr(runtime, "RANK", 1)  # not the process that holds the lock
+        runtime.load_state(args, "fine-tuning")
+        assert {path.name for path in args.out.glob("*.tmp")} == {*gone, *kept}
+        monkeypatch.setattr(runtime, "RANK", 0)
+        runtime.load_state(args, "fine-tuning")
+        assert {path.name for path in args.out.glob("*.tmp")} == set(kept)
+    finally:
+        for path in args.out.glob("*.tmp"):
+            path.unlink()
+
+
+def test_a_file_named_lock_keeps_its_contents(tmp_path):
+    (tmp_path / "lock").write_text("the combination is 1-2-3")
+    runtime.claim(tmp_path).close()
+    assert (tmp_path / "lock").read_text() == "the combination is 1-2-3"
+
+
+def test_a_link_or_a_fifo_named_lock_is_refused(tmp_path):
+    (tmp_path / "diary").write_text("dear diary")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "lock").symlink_to(tmp_path / "diary")
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "lock")
+    for name in ("a", "b"):
+        with within(10), pytest.raises(ValueError, match="lock is not the lock of a run"):
+            runtime.claim(tmp_path / name)
+    assert (tmp_path / "diary").read_text() == "dear diary"
+
+
+def test_a_file_keeps_its_mode_and_a_link_its_target(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"")
+    secret.chmod(0o600)
+    (tmp_path / "link.png").symlink_to(secret)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new.png").symlink_to(tmp_path / "elsewhere" / "new.png")  # isn't there yet
+    for name in ("secret.png", "link.png", "new.png"):
+        save(Image.new("RGB", (8, 8)), tmp_path / name, runtime.write_png)
+        assert Image.open(tmp_path / name).size == (8, 8)
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "new.png").is_symlink()
+    assert len(list(tmp_path.rglob("*"))) == 5
+
+
+def test_no_device_fifo_or_socket_is_replaced(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    names = ["fifo", "link", "socket"]
+    if os.geteuid() == 0:
+        os.mknod(tmp_path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        names.append("null")
+    before = [os.lstat(tmp_path / name).st_mode for name in names]
+    for name in names:
+        with within(60):
+            flags = ("--n", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / name)
+            assert "give the path of a file" in error_of(sample, *flags, capsys=capsys)
+    assert [os.lstat(tmp_path / name).st_mode for name in names] == before
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    server.close()
+
+
+@pytest.mark.parametrize("flag", ["--ckpt", "--adapter"])
+def test_sampling_does_not_replace_what_it_reads(flag, finished, tmp_path, capsys):
+    folder, _ = finished
+    files = {"--ckpt": tmp_path / "tuned.pt", "--adapter": tmp_path / "adapter.pt"}
+    for path in files.values():
+        shutil.copy(folder / "out" / path.name, path)
+    before = files[flag].read_bytes()
+    flags = ["--n", 1, "--steps", 1, "--device", "cpu"]
+    for item in files.items():
+        flags += item
+    error = error_of(sample, *flags, "--out", files[flag], capsys=capsys)
+    assert f"--out is the file of {flag}" in error
+    assert files[flag].read_bytes() == before
+
+
+def test_a_run_does_not_write_into_its_subject_or_over_its_base(tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    (tmp_path / "link").symlink_to(tmp_path / "subject")
+    before = sorted(os.listdir(tmp_path / "subject"))
+    for out in ("subject", "link"):
+        flags = ("--subject", tmp_path / "subject", "--out", tmp_path / out)
+        assert "--out is the folder of --subject" in error_of(
+            train, *SHORTEST, *flags, capsys=capsys
+        )
+    assert sorted(os.listdir(tmp_path / "subject")) == before
+
+    (tmp_path / "full").mkdir()
+    base = tmp_path / "full" / "tuned.pt"  # as 32 bits leave it
+    shutil.copy(BASE, base)
+    before = base.read_bytes()
+    flags = ("--base", base, "--out", tmp_path / "full")
+    assert "--base is tuned.pt in --out" in error_of(train, *SHORTEST, *flags, capsys=capsys)
+    assert base.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes before values, and nothing but files
+
+
+def test_no_model_is_built_that_is_larger_than_its_file(tmp_path, monkeypatch):
+    base = load(BASE, "model")
+    path = tmp_path / "large.pt"
+    built = []
+
+    class Spy(runtime.UNet):
+        def __init__(self, **config):
+            super().__init__(**config)
+            built.extend(p.device.type for p in self.parameters())
+
+    monkeypatch.setattr(runtime, "UNet", Spy)
+    for change in ({"channels": (512, 512)}, {"blocks": 100}, {"vocab": 10**6}):
+        save({**base, "config": {**base["config"], **change}}, path)
+        with pytest.raises(ValueError, match="doesn't hold a whole model"):
+            load_model(path)
+        assert set(built) <= {"meta"}, change
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """The dict of a tuned.pt."""
+    model = quantize(load_model(BASE), 4, calibration="minmax")
+    config = {"config": model.config, "quant_config": model.quant_config}
+    return {"kind": "quantized", **config, "model": model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep8": ["out"] * 100_000},
+        {"edges": [float(edge) for edge in range(100_000)]},
+        {"keep_float": ["nothing.*"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_quantizer_larger_than_its_file_or_of_another_version_is_refused(
+    change, quantized, tmp_path
+):
+    path = tmp_path / "a.pt"
+    config = {**quantized["quant_config"], **change}
+    save({**quantized, "quant_config": config}, path)
+    with within(15), pytest.raises(ValueError, match="doesn't hold a whole model"):
+        load_model(path)
+    del config[next(iter(change))]
+    if set(config) < set(quantized["quant_config"]):
+        save({**quantized, "quant_config": config}, path)
+        with pytest.raises(ValueError, match="doesn't hold a whole model"):
+            load_model(path)
+
+
+def test_compressed_zeros_are_refused(tmp_path):
+    save({"kind": "model", "zeros": torch.zeros(2**22)}, tmp_path / "plain.pt")
+    plain = zipfile.ZipFile(tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "bomb.pt", "model")
+
+
+def test_a_number_stretched_to_a_large_tensor_is_refused(tmp_path):
+    stretched = torch.zeros(1).expand(2**40)
+    torch.save({"kind": "model", "checksum": "0" * 64, "x": stretched}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "a.pt", "model")
+
+
+@pytest.mark.parametrize("name", ["1.png", "0.txt", "parts.txt", "base.pt", "out/state.pt"])
+def test_a_fifo_is_refused_at_once(name, tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    shutil.copy(BASE, tmp_path / "base.pt")
+    (tmp_path / "out").mkdir()
+    folder = tmp_path if "pt" in name.split(".") else tmp_path / "subject"
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    flags = ("--subject", tmp_path / "subject", "--base", tmp_path / "base.pt")
+    with within(60):
+        error = error_of(
+            train, *SHORTEST, *flags, "--out", tmp_path / "out", "--resume", capsys=capsys
+        )
+    assert name in error
+
+
+def test_an_error_prints_no_more_than_a_line_of_what_it_read(tmp_path, quantized):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for caption in ("x" * 100_000, "red " * 100_000, "sks\n" * 10_000):
+        (tmp_path / "0.txt").write_text(caption)
+        with pytest.raises(ValueError, match="0.txt") as caught:
+            toy.load_subject(tmp_path)
+        assert len(str(caught.value)) < 700
+        assert "\n" not in str(caught.value)
+
+    model = quantize(load_model(BASE), 4, calibration="minmax")
+    other = adapter(model)
+    other["quant_config"] = {**other["quant_config"], "edges": list(range(5000))}
+    with pytest.raises(ValueError, match="edges") as caught:
+        check_adapter(model, other)
+    assert len(str(caught.value)) < 300
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def picture(suffix, **options):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, suffix, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gif", "bmp", "tiff", "webp", "ppm", "eps"])
+def test_other_formats_are_refused_whatever_their_name(kind, tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    def ghostscript(*args, **kwargs):
+        pytest.fail("an EPS file reached Ghostscript")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    (tmp_path / "0.png").write_bytes(picture(kind))
+    with pytest.raises(ValueError, match="0.png can't be read"):
+        toy.load_subject(tmp_path)
+
+
+def test_png_jpeg_and_photos_of_phones_are_read_whatever_their_name(tmp_path):
+    preview = Image.new("RGB", (8, 8), "blue")
+    (tmp_path / "0.png").write_bytes(picture("jpeg"))
+    (tmp_path / "1.jpg").write_bytes(picture("png"))
+    (tmp_path / "2.jpg").write_bytes(picture("mpo", save_all=True, append_images=[preview]))
+    images, _ = toy.load_subject(tmp_path)
+    red = torch.tensor([1.0, -1, -1]).view(3, 1, 1)
+    assert (images - red).abs().max() < 0.05
+
+
+def test_hidden_files_are_not_images(tmp_path):
+    """macOS writes ._0.png beside 0.png on other systems' disks."""
+    (tmp_path / "0.png").write_bytes(picture("png"))
+    (tmp_path / "._0.png").write_bytes(b"Mac OS X        ")
+    images, _ = toy.load_subject(tmp_path)
+    assert len(images) == 1
+
+
+def test_a_byte_order_mark_and_zero_width_spaces_are_harmless(tmp_path):
+    shutil.copytree(MO, tmp_path / "marked")
+    for file in (tmp_path / "marked").glob("*.txt"):
+        text = file.read_text()
+        file.write_text("\ufeff\u200b" + text.replace(" ", " \u200b"), encoding="utf-8")
+    _, captions = toy.load_subject(MO)
+    _, marked = toy.load_subject(tmp_path / "marked")
+    assert torch.equal(marked, captions)
+    assert torch.equal(toy.read_parts(tmp_path / "marked"), toy.read_parts(MO))
+    assert toy.caption("red\u200b \u2060circle") == toy.caption("red circle")
+
+
+def test_images_of_other_formats_are_counted(tmp_path, capsys):
+    shutil.copytree(MO, tmp_path / "subject")
+    for name in ("a.webp", "b.WEBP", "c.heic", ".d.webp", "e.doc"):
+        (tmp_path / "subject" / name).write_bytes(b"")
+    run(train, "--subject", tmp_path / "subject", "--base", "missing.pt", "--out", tmp_path / "out")
+    assert "only PNG and JPEG files are used, not these: 2 .webp, 1 .heic\n" in (
+        capsys.readouterr().out
+    )
+    run(train, "--base", "missing.pt", "--out", tmp_path / "out")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_broken_exif_block_does_not_reject_an_intact_image(tmp_path):
+    (tmp_path / "0.png").write_bytes(picture("png", exif=b"junk"))
+    (tmp_path / "1.png").write_bytes(picture("png", exif=b"II*\0"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    exif[0x010F] = "maker"
+    left = Image.new("RGB", (16, 16), "red")
+    left.paste("blue", (0, 0, 8, 16))
+    file = io.BytesIO()
+    left.save(file, "jpeg", exif=exif, quality=100, subsampling=0)
+    good = file.getvalue()
+    broken = good.replace(b"\x01\x0f\x00\x02", b"\x01\x03\x00\x02")  # a number that is a text
+    assert broken != good
+    (tmp_path / "2.jpg").write_bytes(good)
+    (tmp_path / "3.jpg").write_bytes(broken)
+    images, _ = toy.load_subject(tmp_path)
+    assert torch.equal(images[2], images[3])
+
+
+def png(width, height):
+    """A PNG file that says it has this size, without pixels."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [8001, 11_000])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path, recwarn):
+    (tmp_path / "0.png").write_bytes(png(side, side))
+    with pytest.raises(ValueError, match="0.png can't be read .it has more than 64,000,000 pixels"):
+        toy.load_subject(tmp_path)
+    assert not recwarn.list
