@@ -4,6 +4,11 @@ It takes hours on a CPU. The base that ships, data/base.pt, was made this way (s
 experiments/RESULTS.md).
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import copy
 from pathlib import Path
 

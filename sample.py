@@ -5,6 +5,11 @@ are DDPM's ancestral sampling and DDIM. Both visit all T timesteps or an evenly 
 both use classifier-free guidance.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 from pathlib import Path
 
 import torch

@@ -4,6 +4,11 @@ The stages, in order: load the base, quantize it, fine-tune its scales on images
 prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import time
 from pathlib import Path
 

@@ -1,0 +1,156 @@
+"""Runs that are stopped, that diverge, and whose flags or surroundings are wrong."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+
+import sample
+import train
+from model import Diffusion
+from runtime import load
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("--batch", 1, "--calibration", "minmax", "--sample-steps", 1, "--device", "cpu")
+SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """train.py draws nothing before and after it trains: that takes most of a short run."""
+    images = torch.zeros(len(train.PROMPTS) * train.IMAGES_PER_PROMPT, 3, 16, 16)
+    monkeypatch.setattr(train, "evaluate", lambda *_: (images, {}))
+
+
+@pytest.fixture(params=SIGNALS)
+def number(request):
+    """The number of a signal that ends this test, and not pytest, if the code doesn't handle it."""
+
+    def not_handled(number, frame):
+        raise AssertionError(f"signal {number} would have ended the process")
+
+    number = SIGNALS[request.param]
+    before = signal.signal(number, not_handled)
+    yield number
+    signal.signal(number, before)
+
+
+def raise_in_step(step, number, monkeypatch):
+    """Let the signal arrive in the middle of this step, counted from 1."""
+    squared_error = Diffusion.squared_error
+    calls = []
+
+    def raise_and_compute(*args):
+        calls.append(0)
+        if len(calls) == step:
+            signal.raise_signal(number)
+        return squared_error(*args)
+
+    monkeypatch.setattr(Diffusion, "squared_error", raise_and_compute)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals and streams
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train.py", "pretrain.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported_is_not_a_traceback(script):
+    command = [sys.executable, "-X", "importtime", script]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    for line in process.stderr:
+        if "torch" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("step", [1, 3])  # of three
+def test_a_signal_lets_the_step_end_and_saves(
+    number, step, tmp_path, monkeypatch, capsys, no_images
+):
+    raise_in_step(step, number, monkeypatch)
+    assert run(train, *QUICK, "--steps", 3, "--out", tmp_path) == 128 + number
+    state = tmp_path / "state.pt"
+    assert load(state, "fine-tuning")["step"] == step
+    assert f"stopped after step {step} of 3, saved in {state}" in capsys.readouterr().out
+    assert not (tmp_path / "tuned.pt").exists()
+    assert run(train, *QUICK, "--steps", 3, "--out", tmp_path, "--resume") == 0
+    assert load(state, "fine-tuning")["step"] == 3
+    assert (tmp_path / "tuned.pt").exists()
+
+
+def test_a_signal_before_the_first_step_ends_the_script(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *_: signal.raise_signal(number))
+    assert run(train, *QUICK, "--steps", 3, "--out", tmp_path) == 128 + number
+    assert capsys.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(number, tmp_path, monkeypatch, no_images):
+    """nohup ignores SIGHUP, and a shell script Ctrl-C for what it starts in the background."""
+    signal.signal(number, signal.SIG_IGN)
+    raise_in_step(1, number, monkeypatch)
+    assert run(train, *QUICK, "--steps", 2, "--out", tmp_path) == 0
+
+
+def test_a_signal_is_handled_as_before_after_a_run(number, tmp_path, no_images):
+    before = signal.getsignal(number)
+    assert run(train, *QUICK, "--steps", 1, "--out", tmp_path) == 0
+    assert signal.getsignal(number) is before
+
+
+def test_training_outside_the_main_thread(tmp_path, no_images):
+    codes = []
+    flags = (*QUICK, "--steps", 1, "--out", tmp_path)
+    thread = threading.Thread(target=lambda: codes.append(run(train, *flags)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def closed_pipe():
+    """The end of a pipe that nobody reads, as of `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize("stderr", [closed_pipe, lambda: None])  # None: closed from the start
+def test_a_run_does_not_need_stderr(stderr, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    assert run(train, *QUICK, "--steps", 2, "--out", tmp_path) == 0
+
+
+def test_a_script_does_not_need_stderr(tmp_path):
+    """Python flushes stderr once more at its end, and exits with 120 if that fails."""
+    command = [sys.executable, "sample.py", "--n", "1", "--steps", "1", "--out", tmp_path / "a.png"]
+    with closed_pipe() as stderr:
+        assert subprocess.run(command, cwd=ROOT, stderr=stderr).returncode == 0
+
+
+def test_a_closed_terminal_does_not_change_what_a_signal_does(
+    tmp_path, monkeypatch, number, no_images
+):
+    monkeypatch.setattr(sys, "stdout", closed_pipe())
+    monkeypatch.setattr(sys, "stderr", closed_pipe())
+    raise_in_step(1, number, monkeypatch)
+    assert run(train, *QUICK, "--steps", 3, "--out", tmp_path) == 128 + number
+
+
+def test_a_name_that_the_console_cannot_encode_is_escaped(tmp_path, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    path = tmp_path / "größe.png"
+    assert run(sample, "--n", 1, "--steps", 1, "--out", path) == 0
+    assert path.exists()
+    assert b"gr\\xf6\\xdfe.png" in shown.getvalue()
