@@ -106,7 +106,8 @@ def pretrain(args):
         save(base, args.out / "base.pt")
 
     net = parallel(model, args)
-    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), save_state)
+    trained = [*model.parameters(), *ema.parameters()]
+    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), trained, save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)

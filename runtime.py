@@ -336,12 +336,14 @@ class Loop:
 
     It shows a progress bar. It calls save_state(step) every SAVE_EVERY steps, after the last step,
     and on a stop signal (Ctrl-C, SIGTERM, SIGHUP), which lets the current step end and then ends
-    the script. edges: the timestep buckets that the loss is shown for.
+    the script. edges: the timestep buckets that the loss is shown for. trained: the parameters,
+    which must be finite to be saved.
     """
 
-    def __init__(self, title, args, first, edges, save_state):
+    def __init__(self, title, args, first, edges, trained, save_state):
         self.args = args
         self.edges = edges
+        self.trained = list(trained)
         self.save_state = save_state
         self.step = first
         self.last_saved = first
@@ -369,6 +371,7 @@ class Loop:
         stopping = self.stopped_by is not None
         last = done == self.args.steps
         if stopping or last or done % SAVE_EVERY == 0:
+            self.check_trained(done)
             self.save_state(done)
             self.last_saved = done
         if stopping:
@@ -384,6 +387,17 @@ class Loop:
             )
         finally:  # a closed terminal can't show it
             sys.exit(128 + self.stopped_by)
+
+    def check_trained(self, done):
+        """Raise ValueError if a parameter isn't finite as float16, which the files hold.
+
+        watch has seen the loss before this update, and not after it.
+        """
+        if not all(p.detach().half().isfinite().all() for p in self.trained):
+            raise ValueError(
+                f"the parameters are no longer finite after step {done}; "
+                f"--lr {self.args.lr} is too high, lower it ({self.last_good()})"
+            )
 
     def watch(self, error, t):
         """Show the running mean of the errors (N,) at timesteps t (N,), for each bucket.

@@ -86,7 +86,17 @@ def sample(
         x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk, device)
         noise = torch.randn(size, generator=generator)
         x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
+    check_finite(x)
     return x.clamp(-1, 1)
+
+
+def check_finite(images):
+    """Raise ValueError if an image isn't finite."""
+    if not images.isfinite().all():
+        raise ValueError(
+            "the images aren't finite: the training of this model has diverged; "
+            "train it again with a lower --lr"
+        )
 
 
 def predict(net, x, t, words, cfg_scale, diffusion, chunk, device):

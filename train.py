@@ -1,7 +1,7 @@
 """TuneQDM (arXiv 2401.04339) on a toy subject: python train.py --bits 4
 
 The stages, in order: load the base, quantize it, fine-tune its scales on images of a subject with
-prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
+prior preservation (DreamBooth, Ruiz et al. 2023), sample, score, save.
 """
 
 if __name__ == "__main__":
@@ -30,7 +30,6 @@ from runtime import (
     describe,
     file_size,
     guard,
-    load,
     load_model,
     load_state,
     my_share,
@@ -152,7 +151,7 @@ def finetune(model, args, instance, captions, state=None):
     net = parallel(model, args)
     # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
     shown = equal_edges(args.buckets if args.buckets > 1 else 4, diffusion.T)
-    loop = Loop("fine-tuning", args, first, shown, save_state)
+    loop = Loop("fine-tuning", args, first, shown, trained.values(), save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
@@ -247,20 +246,24 @@ def main():
     finetune(model, args, instance, captions, state)
     if RANK > 0:
         return
+    if args.bits < 32:
+        subject = {"kind": "adapter", **adapter(model)}
+        load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
+
+    # sample and score; if the training has diverged, this fails, and no older file is replaced
+    images_after, scores_after = evaluate(model, parts, args)
 
     # save
     tuned_file = args.out / "tuned.pt"
     subject_file = tuned_file
     if args.bits < 32:
         subject_file = args.out / "adapter.pt"
-        save({"kind": "adapter", **adapter(model)}, subject_file)
-        load_adapter(model, load(subject_file, "adapter"))  # rounded to float16, as in the file
+        save(subject, subject_file)
     save({**header, "model": model.state_dict()}, tuned_file)
-
-    # sample and score
-    images_after, scores_after = evaluate(model, parts, args)
     title = title_of(args)
     draw_grid(instance, images_before, images_after, title, args.out / "grid.png")
+
+    # report
     print_result(
         {
             "method": title,

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import torch
 from conftest import run
 
+import pretrain
+import runtime
 import sample
 import train
 from model import Diffusion
-from runtime import load
+from quant import deltas, quantize
+from runtime import BASE, load, load_model, save
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--batch", 1, "--calibration", "minmax", "--sample-steps", 1, "--device", "cpu")
@@ -154,3 +158,86 @@ def test_a_name_that_the_console_cannot_encode_is_escaped(tmp_path, monkeypatch)
     assert run(sample, "--n", 1, "--steps", 1, "--out", path) == 0
     assert path.exists()
     assert b"gr\\xf6\\xdfe.png" in shown.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# Training that diverges
+# --------------------------------------------------------------------------------------------------
+
+
+def nan_gradient_in_step(step, monkeypatch):
+    """Let the gradient of this step, counted from 1, be NaN, and its loss finite."""
+    squared_error = Diffusion.squared_error
+    calls = []
+
+    def compute(self, v, *args):
+        calls.append(0)
+        error = squared_error(self, v, *args)
+        if len(calls) == step:
+            error = error + (0 * v).sqrt().mean()  # the slope of sqrt at 0 is infinite
+        return error
+
+    monkeypatch.setattr(Diffusion, "squared_error", compute)
+
+
+def contents(folder):
+    """The bytes of the files in a folder, by their names."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_the_last_update_is_checked(bits, tmp_path, monkeypatch, capsys, no_images):
+    flags = (*QUICK, "--bits", bits, "--steps", 3, "--out", tmp_path)
+    assert run(train, *flags) == 0
+    before = contents(tmp_path)
+    nan_gradient_in_step(3, monkeypatch)
+    assert run(train, *flags) == 2
+    message = "no longer finite after step 3; --lr .* lower it \\(no state was saved yet\\)"
+    assert re.search(message, capsys.readouterr().err)
+    assert contents(tmp_path) == before
+
+
+def test_the_update_before_a_state_is_saved_is_checked(tmp_path, monkeypatch, capsys, no_images):
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
+    nan_gradient_in_step(4, monkeypatch)
+    assert run(train, *QUICK, "--steps", 9, "--out", tmp_path) == 2
+    assert "after step 4" in capsys.readouterr().err
+    state = load(tmp_path / "state.pt", "fine-tuning")
+    assert state["step"] == 2
+    for p in state["trained"].values():
+        assert p.isfinite().all()
+
+
+def test_the_last_update_of_pretraining_is_checked(tmp_path, monkeypatch, capsys):
+    nan_gradient_in_step(2, monkeypatch)
+    assert run(pretrain, "--batch", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path) == 2
+    assert "no longer finite after step 2" in capsys.readouterr().err
+    assert contents(tmp_path).keys() == {"lock"}
+
+
+def diverge(model):
+    """Make deltas finite, and scales exp(delta) infinite."""
+    with torch.no_grad():
+        for delta in deltas(model).values():
+            delta.fill_(100)
+
+
+def test_images_that_are_not_finite_replace_nothing(tmp_path, monkeypatch, capsys):
+    flags = (*QUICK, "--steps", 1, "--out", tmp_path)
+    assert run(train, *flags) == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(train, "finetune", lambda model, *_: diverge(model))
+    assert run(train, *flags) == 2
+    assert "the images aren't finite" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_sample_does_not_write_images_that_are_not_finite(tmp_path, capsys):
+    model = quantize(load_model(BASE), 4, calibration="minmax")
+    diverge(model)
+    saved = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
+    save({**saved, "model": model.state_dict()}, tmp_path / "tuned.pt")
+    image = tmp_path / "a.png"
+    assert run(sample, "--ckpt", tmp_path / "tuned.pt", "--steps", 1, "--out", image) == 2
+    assert "the images aren't finite" in capsys.readouterr().err
+    assert not image.exists()
