@@ -85,6 +85,16 @@ def pretrain(args):
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
 
+    def save_base(step):
+        base = {
+            "kind": "model",
+            "config": model.config,
+            "step": step,
+            "seed": args.seed,
+            "model": {name: value.half() for name, value in ema.state_dict().items()},
+        }
+        save(base, args.out / "base.pt")
+
     def save_state(step):
         state = {
             "kind": "pretraining",
@@ -95,15 +105,10 @@ def pretrain(args):
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
         }
-        base = {
-            "kind": "model",
-            "config": model.config,
-            "step": step,
-            "seed": args.seed,
-            "model": {name: value.half() for name, value in ema.state_dict().items()},
-        }
+        # in this order: if the run is killed between the two, the steps after the old state are
+        # done again, and base.pt is made again
+        save_base(step)
         save(state, args.out / "state.pt")
-        save(base, args.out / "base.pt")
 
     net = parallel(model, args)
     trained = [*model.parameters(), *ema.parameters()]
@@ -129,6 +134,8 @@ def pretrain(args):
         optimizer.step()
         update_ema(ema, model, step)
     # fmt: on
+    if first >= args.steps and RANK == 0:
+        save_base(first)  # no step was left to do; base.pt may be older than the state, or gone
 
 
 @torch.no_grad()

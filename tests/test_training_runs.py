@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,56 @@ def test_sample_does_not_write_images_that_are_not_finite(tmp_path, capsys):
     assert run(sample, "--ckpt", tmp_path / "tuned.pt", "--steps", 1, "--out", image) == 2
     assert "the images aren't finite" in capsys.readouterr().err
     assert not image.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The base is that of the last step
+# --------------------------------------------------------------------------------------------------
+
+PRETRAINING = ("--batch", 1, "--steps", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a pretraining of two steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "score_base", lambda *_: None)
+        assert run(pretrain, *PRETRAINING, "--out", folder) == 0
+    return folder
+
+
+class Killed(BaseException):
+    """What no handler catches, as if the process was killed."""
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_a_pretraining_killed_before_a_write_resumes_to_its_last_base(
+    write, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 1)  # so there are two writes after each step
+    writes = []
+
+    def save_or_die(*args):
+        writes.append(0)
+        if len(writes) == write:
+            raise Killed
+        save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretrain, "save", save_or_die)
+        run(pretrain, *PRETRAINING, "--out", tmp_path)
+    resume = ["--resume"] if (tmp_path / "state.pt").exists() else []
+    assert run(pretrain, *PRETRAINING, "--out", tmp_path, *resume) == 0
+    assert (tmp_path / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: shutil.copy(BASE, path)])
+def test_a_finished_pretraining_resumes_to_its_base(damage, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    damage(folder / "base.pt")
+    assert run(pretrain, *PRETRAINING, "--out", folder, "--resume") == 0
+    assert (folder / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
