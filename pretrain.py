@@ -24,6 +24,7 @@ from runtime import (
     Loop,
     Parser,
     claim,
+    command,
     describe,
     guard,
     load_model,
@@ -181,7 +182,7 @@ def main():
         if RANK == 0:
             path = args.out / "base.pt"
             score_base(load_model(path, args.device), args.seed)
-            print(f"wrote {path}; use it with python train.py --base {path}")
+            print(f"wrote {path}; use it with {command('train.py', '--base', path)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -26,8 +27,16 @@ except ImportError:  # on Windows
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
 SAVE_EVERY = 200  # steps between two states to --resume from
 MOST_RECORDINGS = 32  # CUDA graphs of a step, each of which takes some megabytes of the GPU
-RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+
+
+def environment(name, default):
+    """The number in an environment variable, or -1 if that is something else."""
+    text = os.environ.get(name, default)
+    return int(text) if text.isdecimal() else -1
+
+
+RANK = environment("RANK", "0")  # this process's number, set by torchrun
+WORLD_SIZE = environment("WORLD_SIZE", "1")  # how many processes there are
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -117,11 +126,29 @@ def load_model(path, device="cpu") -> UNet:
 # --------------------------------------------------------------------------------------------------
 
 
+def filled(text):
+    """The type of a flag that may not be empty, as an unset variable of the shell would make it."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return text
+
+
+def filled_path(text):
+    """The type of a flag that is a path."""
+    return Path(filled(text))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with numbers of a checked range, and errors of one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def given(self, argv, names):
+        """Which of these arguments are in argv; the others have their defaults."""
+        unset = argparse.Namespace(**dict.fromkeys(names))  # argparse keeps what is there
+        args = self.parse_args(argv, unset)
+        return [name for name in names if getattr(args, name) is not None]
 
     def number(self, flag, kind, low, high, default, help, group=None):
         """Add a flag that takes a number of this kind (int or float) from low to high."""
@@ -159,7 +186,7 @@ class Parser(argparse.ArgumentParser):
         self.number("--lr", float, 0, 10, lr, lr_help, run)
         self.number("--batch", int, 1, 4096, batch, batch_help, run)
         self.number("--seed", int, 0, 2**62, 0, "seed of everything random", run)
-        run.add_argument("--out", type=Path, help=out_help)
+        run.add_argument("--out", type=filled_path, help=out_help)
         run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
         compile_help = "torch.compile: shorter steps after a minute or two of compiling"
         run.add_argument("--compile", action="store_true", help=compile_help)
@@ -167,8 +194,9 @@ class Parser(argparse.ArgumentParser):
         return run
 
     def parse_run(self, argv=None):
-        """parse_args, and check that what --compile needs is there."""
+        """parse_args, and check the number of processes, and that what --compile needs is there."""
         args = self.parse_args(argv)
+        self.check_processes()
         compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", "cl")]
         if args.compile and not any(compilers):
             self.error(
@@ -176,6 +204,25 @@ class Parser(argparse.ArgumentParser):
                 "install one, such as g++, or leave --compile out"
             )
         return args
+
+    def check_processes(self):
+        """End with a sentence if RANK and WORLD_SIZE aren't as torchrun sets them."""
+        one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+        if one_is_missing or not 0 <= RANK < WORLD_SIZE:
+            rank = os.environ.get("RANK", "not set")
+            world_size = os.environ.get("WORLD_SIZE", "not set")
+            self.error(
+                f"RANK is {rank} and WORLD_SIZE is {world_size}, which don't go together; "
+                "start several processes with torchrun, or one with neither set"
+            )
+
+
+def command(script, *args) -> str:
+    """What to type into a shell to run a script of this project."""
+    folder = Path(__file__).resolve().parent
+    if folder != Path.cwd():
+        script = folder / script
+    return shlex.join(["python", str(script), *map(str, args)])
 
 
 def guard(main):
@@ -532,9 +579,9 @@ def use_device(device):
     """
     if device != "cuda":
         return
-    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = environment("LOCAL_RANK", "0")
     gpus = torch.cuda.device_count()
-    if gpu >= gpus:
+    if not 0 <= gpu < gpus:
         raise ValueError(
             f"process {gpu + 1} has no GPU ({gpus} here); "
             "start fewer processes, or give --device cpu"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion
 from quant import bucket, load_adapter, merge
-from runtime import BASE, Parser, graphed, guard, load, load_model, save, write_png
+from runtime import BASE, Parser, filled_path, graphed, guard, load, load_model, save, write_png
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
@@ -134,8 +134,9 @@ def arguments():
     """The flags."""
     parser = Parser(description=__doc__.split("\n")[0])
     ckpt_help = "a base or a tuned model (default: the shipped base)"
-    parser.add_argument("--ckpt", default=BASE, help=ckpt_help)
-    parser.add_argument("--adapter", help="an adapter to put on the quantized model of --ckpt")
+    parser.add_argument("--ckpt", type=filled_path, default=BASE, help=ckpt_help)
+    adapter_help = "an adapter to put on the quantized model of --ckpt"
+    parser.add_argument("--adapter", type=filled_path, help=adapter_help)
     parser.add_argument("--prompt", default="red creature on green stripes")
     parser.number("--n", int, 1, 1000, 8, "images")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
@@ -144,9 +145,19 @@ def arguments():
     parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")
     packed_help = "never hold float weights: less memory, slower"
     parser.add_argument("--packed", action="store_true", help=packed_help)
-    parser.add_argument("--out", default="out/sample.png", help="the PNG to write")
+    out = Path("out") / "sample.png"
+    parser.add_argument("--out", type=filled_path, default=out, help="the PNG to write")
     parser.device()
     return parser.parse_args()
+
+
+def refuse_quantized_flags(args):
+    """Raise ValueError if a flag is given that only a quantized model can heed."""
+    for flag, value in (("--adapter", args.adapter), ("--packed", args.packed)):
+        if value:
+            raise ValueError(
+                f"{flag} needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt"
+            )
 
 
 def main():
@@ -157,12 +168,9 @@ def main():
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     model = load_model(args.ckpt, args.device)
+    if not hasattr(model, "quant_config"):
+        refuse_quantized_flags(args)
     if args.adapter:
-        if not hasattr(model, "quant_config"):
-            raise ValueError(
-                f"--adapter needs a quantized model, and {args.ckpt} is a float one; "
-                "give a tuned.pt"
-            )
         load_adapter(model, load(args.adapter, "adapter"))
 
     images = sample(

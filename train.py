@@ -27,8 +27,11 @@ from runtime import (
     Loop,
     Parser,
     claim,
+    command,
     describe,
     file_size,
+    filled,
+    filled_path,
     guard,
     load_model,
     load_state,
@@ -90,10 +93,12 @@ def arguments(argv=None):
     )
     run.add_argument(
         "--subject",
+        type=filled,
         default="mo",
         help="a folder of images, or a name in data/subjects (default: mo)",
     )
-    run.add_argument("--base", default=BASE, help="a pretrained model (default: the shipped one)")
+    base_help = "a pretrained model (default: the shipped one)"
+    run.add_argument("--base", type=filled_path, default=BASE, help=base_help)
     parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
     parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
     checkpoint_help = "keep a quarter of the activations; steps take a third longer"
@@ -101,12 +106,22 @@ def arguments(argv=None):
 
     args = parser.parse_run(argv)
     args.bits = int(args.bits)
+    if args.bits == 32:
+        refuse_quantizer_flags(parser, argv)
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
         name = Path(args.subject).resolve().name
         args.out = Path("out") / f"{name}-{args.bits}bit"
     return args
+
+
+def refuse_quantizer_flags(parser, argv):
+    """End with a sentence if flags of the quantizer are given."""
+    given = parser.given(argv, ("scales", "buckets", "calibration"))
+    if given:
+        flags = " and ".join(f"--{name}" for name in given)
+        parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave one out")
 
 
 def learning_rate(args, step):
@@ -278,15 +293,23 @@ def main():
         print(f"{folder} has no parts.txt, so the exact scores aren't known")
     files = "grid.png, tuned.pt" + (" and adapter.pt" if args.bits < 32 else "")
     print(f"\nwrote {files} to {args.out} in {time.time() - start:.0f} s; more images:")
-    print(f'python sample.py --ckpt {tuned_file} --prompt "{PROMPTS[0]}"')
+    print(command("sample.py", "--ckpt", tuned_file, "--prompt", PROMPTS[0]))
     lock.close()
 
 
 def find_subject(name):
-    """The folder of the shipped subject of this name, or name itself, a folder."""
-    for folder in (BASE.parent / "subjects").iterdir():
-        if folder.name == name:
-            return folder
+    """The folder of the shipped subject of this name, or name itself, a folder.
+
+    Raises ValueError if there are both.
+    """
+    for shipped in (BASE.parent / "subjects").iterdir():
+        if shipped.name == name:
+            if Path(name).is_dir() and not shipped.samefile(name):
+                raise ValueError(
+                    f"{name} is a folder here and a subject that ships; "
+                    f"give --subject ./{name} or --subject {shipped}"
+                )
+            return shipped
     return name
 
 

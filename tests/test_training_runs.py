@@ -295,3 +295,106 @@ def test_a_finished_pretraining_resumes_to_its_base(damage, whole, tmp_path, mon
     damage(folder / "base.pt")
     assert run(pretrain, *PRETRAINING, "--out", folder, "--resume") == 0
     assert (folder / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags and surroundings that don't fit are refused, in one sentence
+# --------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    # script, command, what the sentence names
+    (train, "--bits 32 --buckets 1", "--buckets"),
+    (train, "--bits 32 --buckets 2 --scales out", "--scales and --buckets"),
+    (train, "--calibration rowcol --bits 32", "--calibration"),
+    (train, "--subject=", "--subject"),
+    (train, "--base=", "--base"),
+    (train, "--out=", "--out"),
+    (pretrain, "--out=", "--out"),
+    (sample, "--ckpt=", "--ckpt"),
+    (sample, "--adapter=", "--adapter"),
+    (sample, "--out=", "--out"),
+    (sample, "--packed", "--packed needs a quantized model"),
+]
+# pretraining has none of fine-tuning's own flags
+for flag in (
+    "bits 4",
+    "scales out",
+    "buckets 2",
+    "calibration mse",
+    "subject mo",
+    "base data/base.pt",
+):
+    REFUSED.append((pretrain, f"--{flag}", f"--{flag}"))
+for flag in ("prior 1", "sample-steps 1", "checkpoint"):
+    REFUSED.append((pretrain, f"--{flag}", f"--{flag}"))
+
+
+@pytest.mark.parametrize("script, command, culprit", REFUSED)
+def test_flags_that_would_be_ignored_are_refused(
+    script, command, culprit, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((train, "finetune"), (pretrain, "pretrain"), (sample, "sample")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it wasn't refused"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (None, None))
+    assert run(script, *command.split()) == 2
+    err = capsys.readouterr().err
+    assert culprit in err
+    assert len(err.splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "rank, world_size", [("1", None), ("0", None), (None, "2"), ("2", "2"), ("a", "2")]
+)
+@pytest.mark.parametrize("script", ["train.py", "pretrain.py"])
+def test_half_of_what_torchrun_sets_is_refused(script, rank, world_size, tmp_path):
+    environment = {"RANK": rank, "WORLD_SIZE": world_size}
+    given = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, ROOT / script, "--steps", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **given}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"RANK is {rank or 'not set'} and WORLD_SIZE is {world_size or 'not set'}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_named_as_a_shipped_subject_is_ambiguous(tmp_path, monkeypatch, capsys):
+    shipped = BASE.parent / "subjects" / "bix"
+    shutil.copytree(BASE.parent / "subjects" / "zed", tmp_path / "bix")
+    monkeypatch.chdir(tmp_path)
+    assert run(train, *QUICK, "--steps", 1, "--subject", "bix") == 2
+    err = capsys.readouterr().err
+    assert f"--subject ./bix or --subject {shipped}" in err
+    assert train.find_subject("./bix") == "./bix"
+    assert train.find_subject("zed") == BASE.parent / "subjects" / "zed"
+    monkeypatch.chdir(shipped.parent)
+    assert train.find_subject("bix") == shipped
+
+
+def test_the_command_at_the_end_can_be_pasted_into_a_shell(
+    tmp_path, monkeypatch, capsys, no_images
+):
+    folder = tmp_path / "it's $HOME"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert run(train, *QUICK, "--steps", 1, "--out", "a run") == 0
+    printed = capsys.readouterr().out.splitlines()[-1].replace("python", sys.executable, 1)
+    subprocess.run(f"{printed} --n 1 --steps 1", shell=True, check=True, capture_output=True)
+    assert (folder / "out" / "sample.png").exists()
+
+
+def test_the_command_in_the_project_is_short(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert runtime.command("train.py", "--base", "a b.pt") == "python train.py --base 'a b.pt'"
+
+
+def test_an_installed_package_named_data_is_not_taken(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").touch()
+    for script in ("train.py", "pretrain.py", "sample.py"):
+        command = [sys.executable, ROOT / script, "--help"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
