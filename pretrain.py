@@ -4,6 +4,11 @@ It takes hours on a CPU. The base that ships, data/base.pt, was made this way (s
 experiments/RESULTS.md).
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import copy
 from pathlib import Path
 
@@ -20,6 +25,7 @@ from runtime import (
     Parser,
     check_state,
     claim,
+    command,
     describe,
     guard,
     load_model,
@@ -82,6 +88,16 @@ def pretrain(args):
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
 
+    def save_base(step):
+        base = {
+            "kind": "model",
+            "config": model.config,
+            "step": step,
+            "seed": args.seed,
+            "model": {name: value.half() for name, value in ema.state_dict().items()},
+        }
+        save(base, args.out / "base.pt")
+
     def save_state(step):
         state = {
             "kind": "pretraining",
@@ -92,18 +108,14 @@ def pretrain(args):
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
         }
-        base = {
-            "kind": "model",
-            "config": model.config,
-            "step": step,
-            "seed": args.seed,
-            "model": {name: value.half() for name, value in ema.state_dict().items()},
-        }
+        # in this order: if the run is killed between the two, the steps after the old state are
+        # done again, and base.pt is made again
+        save_base(step)
         save(state, args.out / "state.pt")
-        save(base, args.out / "base.pt")
 
     net = parallel(model, args)
-    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), save_state)
+    trained = [*model.parameters(), *ema.parameters()]
+    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), trained, save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
@@ -125,6 +137,8 @@ def pretrain(args):
         optimizer.step()
         update_ema(ema, model, step)
     # fmt: on
+    if first >= args.steps and RANK == 0:
+        save_base(first)  # no step was left to do; base.pt may be older than the state, or gone
 
 
 @torch.no_grad()
@@ -170,7 +184,7 @@ def main():
         if RANK == 0:
             path = args.out / "base.pt"
             score_base(load_model(path, args.device), args.seed)
-            print(f"wrote {path}; use it with python train.py --base {path}")
+            print(f"wrote {path}; use it with {command('train.py', '--base', path)}")
 
 
 if __name__ == "__main__":

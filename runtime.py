@@ -6,10 +6,12 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import zipfile
 from pathlib import Path
 
@@ -28,8 +30,16 @@ except ImportError:  # on Windows
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
 RUN_FILES = ("state.pt", "base.pt", "adapter.pt", "tuned.pt", "grid.png")  # what runs save
 SAVE_EVERY = 200  # steps between two states to --resume from
-RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+
+
+def environment(name, default):
+    """The number in an environment variable, or -1 if that is something else."""
+    text = os.environ.get(name, default)
+    return int(text) if text.isdecimal() else -1
+
+
+RANK = environment("RANK", "0")  # this process's number, set by torchrun
+WORLD_SIZE = environment("WORLD_SIZE", "1")  # how many processes there are
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -271,11 +281,29 @@ def check_values(values, like):
 # --------------------------------------------------------------------------------------------------
 
 
+def filled(text):
+    """The type of a flag that may not be empty, as an unset variable of the shell would make it."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return text
+
+
+def filled_path(text):
+    """The type of a flag that is a path."""
+    return Path(filled(text))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with numbers of a checked range, and errors of one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def given(self, argv, names):
+        """Which of these arguments are in argv; the others have their defaults."""
+        unset = argparse.Namespace(**dict.fromkeys(names))  # argparse keeps what is there
+        args = self.parse_args(argv, unset)
+        return [name for name in names if getattr(args, name) is not None]
 
     def number(self, flag, kind, low, high, default, help, group=None):
         """Add a flag that takes a number of this kind (int or float) from low to high."""
@@ -313,7 +341,7 @@ class Parser(argparse.ArgumentParser):
         self.number("--lr", float, 0, 10, lr, lr_help, run)
         self.number("--batch", int, 1, 4096, batch, batch_help, run)
         self.number("--seed", int, 0, 2**62, 0, "seed of everything random", run)
-        run.add_argument("--out", type=Path, help=out_help)
+        run.add_argument("--out", type=filled_path, help=out_help)
         run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
         compile_help = "torch.compile: shorter steps after a minute or two of compiling"
         run.add_argument("--compile", action="store_true", help=compile_help)
@@ -321,8 +349,9 @@ class Parser(argparse.ArgumentParser):
         return run
 
     def parse_run(self, argv=None):
-        """parse_args, and check that what --compile needs is there."""
+        """parse_args, and check the number of processes, and that what --compile needs is there."""
         args = self.parse_args(argv)
+        self.check_processes()
         compilers = [shutil.which(name) for name in ("c++", "g++", "clang++", "cl")]
         if args.compile and not any(compilers):
             self.error(
@@ -330,6 +359,25 @@ class Parser(argparse.ArgumentParser):
                 "install one, such as g++, or leave --compile out"
             )
         return args
+
+    def check_processes(self):
+        """End with a sentence if RANK and WORLD_SIZE aren't as torchrun sets them."""
+        one_is_missing = ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ)
+        if one_is_missing or not 0 <= RANK < WORLD_SIZE:
+            rank = os.environ.get("RANK", "not set")
+            world_size = os.environ.get("WORLD_SIZE", "not set")
+            self.error(
+                f"RANK is {rank} and WORLD_SIZE is {world_size}, which don't go together; "
+                "start several processes with torchrun, or one with neither set"
+            )
+
+
+def command(script, *args) -> str:
+    """What to type into a shell to run a script of this project."""
+    folder = Path(__file__).resolve().parent
+    if folder != Path.cwd():
+        script = folder / script
+    return shlex.join(["python", str(script), *map(str, args)])
 
 
 def is_out_of_memory(error) -> bool:
@@ -343,24 +391,108 @@ def is_out_of_memory(error) -> bool:
 def guard(main):
     """Run a script's main function. Only faults of the code itself end with a traceback.
 
-    Bad input ends with one sentence and exit code 2. Ctrl-C and a closed pipe (`| head`) end with
-    exit code 130.
+    Bad input ends with one sentence and exit code 2. A closed pipe (`| head`) ends with exit code
+    130, and a signal with 128 and its number: 130 for Ctrl-C.
     """
+    with lasting_streams(), on_stop(stop_now):
+        try:
+            main()
+            sys.stdout.flush()
+        except (KeyboardInterrupt, BrokenPipeError):
+            sys.exit(130)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                error = ValueError("there is too little memory; lower --batch or --n, or free some")
+            lost_peer = "peer" in str(error)  # another process of torchrun's has died
+            if isinstance(error, RuntimeError) and not lost_peer:
+                raise
+            if isinstance(error, OSError):
+                path = error.filename or "the output"
+                error = f"{path} can't be used ({error.strerror}); give another path"
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals and streams: what can reach a run from outside
+# --------------------------------------------------------------------------------------------------
+
+# Ctrl-C, what schedulers send, and what a closed terminal sends. Windows has no SIGHUP.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+@contextlib.contextmanager
+def on_stop(handler):
+    """Call handler(number, frame) on a stop signal.
+
+    A signal that is ignored stays so: nohup wants that. Only the main thread can handle signals, so
+    nothing is changed in another one.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            error = ValueError("there is too little memory; lower --batch or --n, or free some")
-        lost_peer = "peer" in str(error)  # another process of torchrun's has died
-        if isinstance(error, RuntimeError) and not lost_peer:
-            raise
-        if isinstance(error, OSError):
-            path = error.filename or "the output"
-            error = f"{path} can't be used ({error.strerror}); give another path"
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        yield
+    finally:
+        for number, old_handler in before.items():
+            signal.signal(number, old_handler)
+
+
+def stop_now(number, frame):
+    """End the script without a traceback. A second signal ends it even in the middle of that."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def lasting_streams():
+    """Within this context, stdout and stderr are hard to break.
+
+    A name that the console can't encode is escaped. What a closed stderr can't show, such as a
+    progress bar, is lost. A closed stdout raises BrokenPipeError, but not again when Python ends.
+    """
+    # a stream that was closed from the start is None
+    stdout = sys.stdout or open(os.devnull, "w")
+    stderr = sys.stderr or open(os.devnull, "w")
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(Lossy(stderr)):
+        try:
+            yield
+        finally:
+            flush_or_discard(stdout)
+            flush_or_discard(stderr)
+
+
+class Lossy:
+    """A stream like the one given, but what can't be written is lost instead of an error."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        flush_or_discard(self.stream)
+
+
+def flush_or_discard(stream):
+    """Flush a stream. If that fails, let what is left go nowhere: Python flushes once more."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -498,49 +630,69 @@ class Loop:
     """The steps of a training run, `for step in loop`, with what surrounds a step.
 
     It shows a progress bar. It calls save_state(step) every SAVE_EVERY steps, after the last step,
-    and on Ctrl-C, which lets the current step end and then exits with 130. edges: the timestep
-    buckets that the loss is shown for.
+    and on a stop signal (Ctrl-C, SIGTERM, SIGHUP), which lets the current step end and then ends
+    the script. edges: the timestep buckets that the loss is shown for. trained: the parameters,
+    which must be finite to be saved.
     """
 
-    def __init__(self, title, args, first, edges, save_state):
+    def __init__(self, title, args, first, edges, trained, save_state):
         self.args = args
         self.edges = edges
+        self.trained = list(trained)
         self.save_state = save_state
         self.step = first
         self.last_saved = first
         self.means = {}  # a running mean of the loss of each bucket
-        self.stopping = False
+        self.stopped_by = None  # the number of a stop signal
         steps = range(first, args.steps)
         self.bar = tqdm(steps, title, initial=first, total=args.steps, disable=RANK > 0)
 
     def __iter__(self):
         # with several processes, the first one decides when to stop
-        on_ctrl_c = self.stop_soon if RANK == 0 else signal.SIG_IGN
-        before = signal.signal(signal.SIGINT, on_ctrl_c)
-        try:
+        handler = self.stop_soon if RANK == 0 else signal.SIG_IGN
+        with on_stop(handler):
             for step in self.bar:
                 self.step = step
                 yield step
                 if RANK == 0:
                     self.after_step(done=step + 1)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        if self.stopped_by is not None:  # the signal came after the last step was saved
+            self.leave()
 
-    def stop_soon(self, *_):
-        self.stopping = True
+    def stop_soon(self, number, frame):
+        self.stopped_by = number
 
     def after_step(self, done):
+        stopping = self.stopped_by is not None
         last = done == self.args.steps
-        if self.stopping or last or done % SAVE_EVERY == 0:
+        if stopping or last or done % SAVE_EVERY == 0:
+            self.check_trained(done)
             self.save_state(done)
             self.last_saved = done
-        if self.stopping and not last:
-            self.bar.close()
+        if stopping:
+            self.leave()
+
+    def leave(self):
+        """Say where the state is, and end the script with 128 and the number of the signal."""
+        self.bar.close()
+        try:
             print(
-                f"stopped after step {done} of {self.args.steps}, "
+                f"stopped after step {self.last_saved} of {self.args.steps}, "
                 f"saved in {self.args.out / 'state.pt'}; go on with --resume"
             )
-            sys.exit(130)
+        finally:  # a closed terminal can't show it
+            sys.exit(128 + self.stopped_by)
+
+    def check_trained(self, done):
+        """Raise ValueError if a parameter isn't finite as float16, which the files hold.
+
+        watch has seen the loss before this update, and not after it.
+        """
+        if not all(p.detach().half().isfinite().all() for p in self.trained):
+            raise ValueError(
+                f"the parameters are no longer finite after step {done}; "
+                f"--lr {self.args.lr} is too high, lower it ({self.last_good()})"
+            )
 
     def watch(self, error, t):
         """Show the running mean of the errors (N,) at timesteps t (N,), for each bucket.
@@ -563,14 +715,17 @@ class Loop:
 
     def diverged(self, t):
         """Raise ValueError: the loss isn't finite at timesteps t (n,)."""
-        good = "no state was saved yet"
-        if self.last_saved > 0:
-            good = f"{self.args.out / 'state.pt'} has step {self.last_saved}"
         where = bucket(t, self.edges).unique().tolist()
         raise ValueError(
             f"the loss is no longer finite at step {self.step}, timestep bucket {where}; "
-            f"--lr {self.args.lr} is too high, lower it ({good})"
+            f"--lr {self.args.lr} is too high, lower it ({self.last_good()})"
         )
+
+    def last_good(self):
+        """Where the state before the training diverged is."""
+        if self.last_saved == 0:
+            return "no state was saved yet"
+        return f"{self.args.out / 'state.pt'} has step {self.last_saved}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -585,9 +740,9 @@ def use_device(device):
     """
     if device != "cuda":
         return
-    gpu = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = environment("LOCAL_RANK", "0")
     gpus = torch.cuda.device_count()
-    if gpu >= gpus:
+    if not 0 <= gpu < gpus:
         raise ValueError(
             f"process {gpu + 1} has no GPU ({gpus} here); "
             "start fewer processes, or give --device cpu"

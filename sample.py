@@ -5,6 +5,11 @@ are DDPM's ancestral sampling and DDIM. Both visit all T timesteps or an evenly 
 both use classifier-free guidance.
 """
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import os
 from pathlib import Path
 
@@ -14,7 +19,17 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion
 from quant import bucket, load_adapter, merge
-from runtime import BASE, Parser, guard, load, load_model, save, where_to_write, write_png
+from runtime import (
+    BASE,
+    Parser,
+    filled_path,
+    guard,
+    load,
+    load_model,
+    save,
+    where_to_write,
+    write_png,
+)
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
@@ -81,7 +96,17 @@ def sample(
         x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk)
         noise = torch.randn(size, generator=generator)
         x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
+    check_finite(x)
     return x.clamp(-1, 1)
+
+
+def check_finite(images):
+    """Raise ValueError if an image isn't finite."""
+    if not images.isfinite().all():
+        raise ValueError(
+            "the images aren't finite: the training of this model has diverged; "
+            "train it again with a lower --lr"
+        )
 
 
 def predict(net, x, t, words, cfg_scale, diffusion, chunk):
@@ -120,8 +145,9 @@ def arguments():
     """The flags."""
     parser = Parser(description=__doc__.split("\n")[0])
     ckpt_help = "a base or a tuned model (default: the shipped base)"
-    parser.add_argument("--ckpt", default=BASE, help=ckpt_help)
-    parser.add_argument("--adapter", help="an adapter to put on the quantized model of --ckpt")
+    parser.add_argument("--ckpt", type=filled_path, default=BASE, help=ckpt_help)
+    adapter_help = "an adapter to put on the quantized model of --ckpt"
+    parser.add_argument("--adapter", type=filled_path, help=adapter_help)
     parser.add_argument("--prompt", default="red creature on green stripes")
     parser.number("--n", int, 1, 1000, 8, "images")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
@@ -130,7 +156,8 @@ def arguments():
     parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")
     packed_help = "never hold float weights: less memory, slower"
     parser.add_argument("--packed", action="store_true", help=packed_help)
-    parser.add_argument("--out", default="out/sample.png", help="the PNG to write")
+    out = Path("out") / "sample.png"
+    parser.add_argument("--out", type=filled_path, default=out, help="the PNG to write")
     parser.device()
     return parser.parse_args()
 
@@ -143,6 +170,15 @@ def check_out(args):
             raise ValueError(f"--out is the file of {flag}, {path}; give another")
 
 
+def refuse_quantized_flags(args):
+    """Raise ValueError if a flag is given that only a quantized model can heed."""
+    for flag, value in (("--adapter", args.adapter), ("--packed", args.packed)):
+        if value:
+            raise ValueError(
+                f"{flag} needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt"
+            )
+
+
 def main():
     args = arguments()
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
@@ -152,12 +188,9 @@ def main():
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     model = load_model(args.ckpt, args.device)
+    if not hasattr(model, "quant_config"):
+        refuse_quantized_flags(args)
     if args.adapter:
-        if not hasattr(model, "quant_config"):
-            raise ValueError(
-                f"--adapter needs a quantized model, and {args.ckpt} is a float one; "
-                "give a tuned.pt"
-            )
         load_adapter(model, load(args.adapter, "adapter"))
 
     images = sample(

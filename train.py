@@ -1,8 +1,13 @@
 """TuneQDM (arXiv 2401.04339) on a toy subject: python train.py --bits 4
 
 The stages, in order: load the base, quantize it, fine-tune its scales on images of a subject with
-prior preservation (DreamBooth, Ruiz et al. 2023), save, sample, score.
+prior preservation (DreamBooth, Ruiz et al. 2023), sample, score, save.
 """
+
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
 
 import time
 from pathlib import Path
@@ -25,10 +30,12 @@ from runtime import (
     check_state,
     checksum,
     claim,
+    command,
     describe,
     file_size,
+    filled,
+    filled_path,
     guard,
-    load,
     load_model,
     load_state,
     my_share,
@@ -89,10 +96,12 @@ def arguments(argv=None):
     )
     run.add_argument(
         "--subject",
+        type=filled,
         default="mo",
         help="a folder of images, or a name in data/subjects (default: mo)",
     )
-    run.add_argument("--base", default=BASE, help="a pretrained model (default: the shipped one)")
+    base_help = "a pretrained model (default: the shipped one)"
+    run.add_argument("--base", type=filled_path, default=BASE, help=base_help)
     parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
     parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
     checkpoint_help = "keep a quarter of the activations; steps take a third longer"
@@ -100,12 +109,22 @@ def arguments(argv=None):
 
     args = parser.parse_run(argv)
     args.bits = int(args.bits)
+    if args.bits == 32:
+        refuse_quantizer_flags(parser, argv)
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
         name = Path(args.subject).resolve().name
         args.out = Path("out") / f"{name}-{args.bits}bit"
     return args
+
+
+def refuse_quantizer_flags(parser, argv):
+    """End with a sentence if flags of the quantizer are given."""
+    given = parser.given(argv, ("scales", "buckets", "calibration"))
+    if given:
+        flags = " and ".join(f"--{name}" for name in given)
+        parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave one out")
 
 
 def learning_rate(args, step):
@@ -152,7 +171,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     net = parallel(model, args)
     # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
     shown = equal_edges(args.buckets if args.buckets > 1 else 4, diffusion.T)
-    loop = Loop("fine-tuning", args, first, shown, save_state)
+    loop = Loop("fine-tuning", args, first, shown, trained.values(), save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
@@ -254,20 +273,24 @@ def main():
     finetune(model, args, instance, captions, state, inputs)
     if RANK > 0:
         return
+    if args.bits < 32:
+        subject = {"kind": "adapter", **adapter(model)}
+        load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
+
+    # sample and score; if the training has diverged, this fails, and no older file is replaced
+    images_after, scores_after = evaluate(model, parts, args)
 
     # save
     tuned_file = args.out / "tuned.pt"
     subject_file = tuned_file
     if args.bits < 32:
         subject_file = args.out / "adapter.pt"
-        save({"kind": "adapter", **adapter(model)}, subject_file)
-        load_adapter(model, load(subject_file, "adapter"))  # rounded to float16, as in the file
+        save(subject, subject_file)
     save({**header, "model": model.state_dict()}, tuned_file)
-
-    # sample and score
-    images_after, scores_after = evaluate(model, parts, args)
     title = title_of(args)
     draw_grid(instance, images_before, images_after, title, args.out / "grid.png")
+
+    # report
     print_result(
         {
             "method": title,
@@ -282,15 +305,23 @@ def main():
         print(f"{folder} has no parts.txt, so the exact scores aren't known")
     files = "grid.png, tuned.pt" + (" and adapter.pt" if args.bits < 32 else "")
     print(f"\nwrote {files} to {args.out} in {time.time() - start:.0f} s; more images:")
-    print(f'python sample.py --ckpt {tuned_file} --prompt "{PROMPTS[0]}"')
+    print(command("sample.py", "--ckpt", tuned_file, "--prompt", PROMPTS[0]))
     lock.close()
 
 
 def find_subject(name):
-    """The folder of the shipped subject of this name, or name itself, a folder."""
-    for folder in (BASE.parent / "subjects").iterdir():
-        if folder.name == name:
-            return folder
+    """The folder of the shipped subject of this name, or name itself, a folder.
+
+    Raises ValueError if there are both.
+    """
+    for shipped in (BASE.parent / "subjects").iterdir():
+        if shipped.name == name:
+            if Path(name).is_dir() and not shipped.samefile(name):
+                raise ValueError(
+                    f"{name} is a folder here and a subject that ships; "
+                    f"give --subject ./{name} or --subject {shipped}"
+                )
+            return shipped
     return name
 
 
