@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ResBlock(nn.Module):
-    """A residual of two convolutions. emb (timestep and caption) scales and shifts its middle."""
+    """A residual block of two convolutions. emb scales and shifts the activations between them.
+    """
 
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
@@ -54,11 +55,11 @@ class Attention(nn.Module):
         self.out2 = nn.Linear(c, c)
 
     def attend(self, q, k, v):                                      # (N, HW, D), keys, values
-        q = rearrange(q, "n l (h d) -> n h l d", d=self.head_dim)
-        k = rearrange(k, "n l (h d) -> n h l d", d=self.head_dim)
-        v = rearrange(v, "n l (h d) -> n h l d", d=self.head_dim)
+        q = rearrange(q, "n l (heads d) -> n heads l d", d=self.head_dim)
+        k = rearrange(k, "n l (heads d) -> n heads l d", d=self.head_dim)
+        v = rearrange(v, "n l (heads d) -> n heads l d", d=self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v)
-        return rearrange(y, "n h l d -> n l (h d)")                 # (N, HW, D)
+        return rearrange(y, "n heads l d -> n l (heads d)")                 # (N, HW, D)
 
     def forward(self, x, words):                                    # (N, D, H, W), (N, L, c_words)
         h = rearrange(x, "n d h w -> n (h w) d")                    # (N, HW, D)
@@ -72,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """A residual block, followed by attention in some resolutions."""
+    """A residual block, followed by attention at some resolutions."""
 
     def __init__(self, c_in, c_out, c_emb, c_words, attention):
         super().__init__([ResBlock(c_in, c_out, c_emb)])
@@ -87,16 +88,17 @@ class Stage(nn.ModuleList):
 
 
 def call(block, *args):
-    """block(*args). UNet.checkpoint_blocks replaces it by torch.utils.checkpoint."""
+    """block(*args). UNet.checkpoint_blocks replaces it with torch.utils.checkpoint."""
     return block(*args)
 
 
 class UNet(nn.Module):
     """Predicts v from a noisy image, its timestep and its caption.
 
-    channels: D at each resolution; each is half of the one before. attention: the resolutions with
-    attention, 0 is the highest. blocks: stages at each resolution. vocab: words in the vocabulary.
-    slots: words of a caption, L. All of it is in .config, which travels in checkpoints.
+    channels: D at each resolution, from the highest to the lowest, each half of the one before.
+    attention: the resolutions with attention, 0 is the highest. blocks: stages at each
+    resolution. vocab: words in the vocabulary. slots: words of a caption, L. All of it is in
+    .config, which travels in checkpoints.
     """
 
     def __init__(
@@ -185,8 +187,9 @@ class UNet(nn.Module):
     def checkpoint_blocks(self, context_fn):
         """Keep only the input of each block for backward, and run the block again there.
 
-        It takes less memory and more time. context_fn: of torch.utils.checkpoint; a quantized model
-        needs quant.remember.
+        It takes less memory and more time. context_fn: of torch.utils.checkpoint. A quantized
+        model needs quant.remember, so that a block that is run again has the timesteps of its
+        batch.
         """
         self.call = partial(
             checkpoint,
@@ -210,8 +213,8 @@ class Diffusion:
 
         v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0                  (Salimans and Ho 2022)
 
-    To predict v learns the layout of an image, which is decided at high t, faster than to predict
-    eps.
+    A model that predicts v learns the layout of an image, which is decided at high t, faster than
+    one that predicts eps.
     """
 
     def __init__(self, T: int = 1000):
@@ -222,7 +225,8 @@ class Diffusion:
         self.alphas_cumprod = (1 - self.betas).cumprod(0)           # (T,), float64
 
     def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t) for timesteps t (N,), shaped to multiply x (N, ...)."""
+        """sqrt(abar_t) and sqrt(1 - abar_t) for timesteps t (N,), shaped to multiply x (N, ...).
+        """
         ones = [1] * (x.dim() - 1)
         abar = self.alphas_cumprod[t.cpu()].view(-1, *ones)         # (N, 1, 1, 1)
         return abar.sqrt().to(x), (1 - abar).sqrt().to(x)
@@ -238,7 +242,7 @@ class Diffusion:
         return a * x - s * v, s * x + a * v
 
     def squared_error(self, v: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The mean squared error of each sample of a prediction v at q_sample(x0, t, eps): (N,)."""
+        """The mean squared error (N,) of each sample's v, predicted from q_sample(x0, t, eps)."""
         a, s = self.coefficients(t, x0)
         target = a * eps - s * x0                                   # the true v
         return (v.float() - target).square().mean((1, 2, 3))

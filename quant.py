@@ -59,7 +59,7 @@ from torch import Tensor
 from calibrate import CALIBRATIONS
 
 try:
-    import kernels  # the same in fewer launches, on a GPU
+    import gpu_kernels as kernels  # the same in fewer launches, on a GPU
 except ImportError:  # without Triton
     kernels = None
 
@@ -289,7 +289,7 @@ def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def has_kernels_for(x: Tensor) -> bool:
-    """True if kernels.py takes over from the plain code for x: on a GPU, with Triton."""
+    """True if gpu_kernels.py takes over from the plain code for x: on a GPU, with Triton."""
     return kernels is not None and kernels.usable(x)
 
 

@@ -33,7 +33,7 @@ SAVE_EVERY = 200  # steps between two states to --resume from
 
 
 def environment(name, default):
-    """The number in an environment variable, or -1 if that is something else."""
+    """The number in an environment variable, or -1 if it isn't a number."""
     text = os.environ.get(name, default)
     return int(text) if text.isdecimal() else -1
 
@@ -167,7 +167,7 @@ def read_checkpoint(path) -> dict:
 
     It never takes much more memory than the size of the file. A checksum may be missing.
     """
-    if not os.path.isfile(path):  # to read a FIFO or a device might never end
+    if not os.path.isfile(path):  # reading a FIFO or a device might never end
         raise ValueError("not a file")
     with open(path, "rb") as file:
         check_zip(file)
@@ -282,7 +282,7 @@ def check_values(values, like):
 
 
 def filled(text):
-    """The type of a flag that may not be empty, as an unset variable of the shell would make it."""
+    """The type of a flag that may not be empty; an unset shell variable would make it so."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a path")
     return text
@@ -331,7 +331,7 @@ class Parser(argparse.ArgumentParser):
             found.insert(0, "mps")
         if torch.cuda.is_available():
             found.insert(0, "cuda")
-        help = f"where to compute, of what is on this machine (default: {found[0]})"
+        help = f"device to compute on, one of this machine's (default: {found[0]})"
         self.add_argument("--device", choices=found, default=found[0], help=help)
 
     def add_run_flags(self, steps, lr, lr_help, batch, batch_help, out_help):
@@ -403,12 +403,12 @@ def guard(main):
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 error = ValueError("there is too little memory; lower --batch or --n, or free some")
-            lost_peer = "peer" in str(error)  # another process of torchrun's has died
+            lost_peer = "peer" in str(error)  # another torchrun process has died
             if isinstance(error, RuntimeError) and not lost_peer:
                 raise
             if isinstance(error, OSError):
                 path = error.filename or "the output"
-                error = f"{path} can't be used ({error.strerror}); give another path"
+                error = f"{path} can't be used ({error.strerror or error}); give another path"
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -531,7 +531,7 @@ def describe(args) -> dict[str, str]:
 def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    inputs: the checksum of what stands at the path of a flag, {flag: checksum}, as in the state.
+    inputs: {flag: checksum of the file or folder that it names}, compared with those in the state.
     Raises ValueError if there is no state, if the flags of that run differ by more than may_differ,
     or if its inputs differ.
     """
@@ -548,12 +548,12 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
         values = {key: textwrap.shorten(str(was.get(key)), 60) for key in differ}
         flags = " ".join(f"--{key} {value}" for key, value in values.items())
         raise ValueError(
-            f"{path} is of a run with {flags}; resume with the same, or choose another --out"
+            f"{path} comes from a run with {flags}; resume with the same, or choose another --out"
         )
     for flag, value in (inputs or {}).items():
         if inputs_then.get(flag) != value:
             raise ValueError(
-                f"{path} is of a run for which --{flag} had other contents; "
+                f"{path} comes from a run for which --{flag} had other contents; "
                 "bring them back, or choose another --out"
             )
     return saved
@@ -585,7 +585,7 @@ def is_running(pid) -> bool:
 def check_state(saved, args, optimizer, **values):
     """Raise ValueError unless a state of load_state fits this run. Nothing is changed.
 
-    values: by their names in the state, the tensors that it is going to replace, {name: tensor}.
+    values: for each key of the state, the tensors that its contents will overwrite, {name: tensor}.
     """
     path = args.out / "state.pt"
     try:
@@ -599,7 +599,7 @@ def check_state(saved, args, optimizer, **values):
     if not whole:
         raise not_whole(path)
     if saved["step"] > args.steps:
-        raise ValueError(f"{path} is at step {saved['step']} already; give --steps more than that")
+        raise ValueError(f"{path} is at step {saved['step']} already; give --steps at least that")
 
 
 def not_whole(path) -> ValueError:
@@ -722,7 +722,7 @@ class Loop:
         )
 
     def last_good(self):
-        """Where the state before the training diverged is."""
+        """Where the last state from before the divergence is."""
         if self.last_saved == 0:
             return "no state was saved yet"
         return f"{self.args.out / 'state.pt'} has step {self.last_saved}"

@@ -35,8 +35,8 @@ from runtime import (
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
     """From x_t to x_s, s < t: Algorithm 2 of DDPM, line 4, with the posterior variance (eq. 7).
 
-    x (x_t), x0 and eps (the prediction), noise: (N, C, H, W). abar, abar_next: alphas_cumprod at t
-    and at s, 0-dimensional.
+    x (x_t), x0 and eps (the prediction), noise: (N, C, H, W). abar, abar_next: alphas_cumprod at
+    t and at s, 0-dimensional.
     """
     beta = 1 - abar / abar_next  # of the whole stride from s to t
     mean = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
@@ -71,9 +71,9 @@ def sample(
     """Draw an image for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
     steps: timesteps visited, out of T. sampler: "ddpm" or "ddim". cfg_scale: the scale of
-    classifier-free guidance; 1 is none. chunk: how many images the model sees at once. packed: keep
-    the weights of a quantized model packed, which takes less memory and more time; else they are
-    merged into float weights, once for each bucket.
+    classifier-free guidance; 1 is none. chunk: how many images the model sees at once. packed:
+    keep the weights of a quantized model packed, which takes less memory and more time; else they
+    are merged into float weights, once for each bucket.
     """
     diffusion = diffusion or Diffusion()
     step = SAMPLERS[sampler]
@@ -112,8 +112,9 @@ def check_finite(images):
 def predict(net, x, t, words, cfg_scale, diffusion, chunk):
     """The x0 and eps that the model finds in x (N, 3, H, W) at timestep t: both of x's shape.
 
-    x0 is clamped to [-1, 1], and eps is what it then leaves of x. The model runs on its device, on
-    a chunk at a time; x and the results are on the CPU, where the noise is drawn.
+    x0 is clamped to [-1, 1], and eps is computed again from x and the clamped x0. The model runs
+    on its device, on a chunk at a time; x and the results are on the CPU, where the noise is
+    drawn.
     """
     device = next(net.parameters()).device
     x0_chunks = []
@@ -167,7 +168,7 @@ def check_out(args):
     out = where_to_write(args.out)
     for flag, path in (("--ckpt", args.ckpt), ("--adapter", args.adapter)):
         if path and os.path.realpath(path) == out:
-            raise ValueError(f"--out is the file of {flag}, {path}; give another")
+            raise ValueError(f"--out is the same file as {flag}, {path}; give another")
 
 
 def refuse_quantized_flags(args):

@@ -76,7 +76,7 @@ def arguments(argv=None):
         "--scales",
         choices=("out", "out+in"),
         default="out+in",
-        help="train the scales of rows (out, which is PEQA) or of both (out+in, the default)",
+        help="train the scales of rows (out: PEQA), or of rows and columns (out+in, the default)",
     )
     parser.number("--buckets", int, 1, 1000, 1, "scale sets over the 1000 timesteps", quantizer)
     quantizer.add_argument(
@@ -124,7 +124,7 @@ def refuse_quantizer_flags(parser, argv):
     given = parser.given(argv, ("scales", "buckets", "calibration"))
     if given:
         flags = " and ".join(f"--{name}" for name in given)
-        parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave one out")
+        parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
 
 
 def learning_rate(args, step):
@@ -133,7 +133,10 @@ def learning_rate(args, step):
 
 
 def finetune(model, args, instance, captions, state=None, inputs=None):
-    """Train all parameters that require a gradient; of a quantized model, these are the deltas.
+    """Train all parameters that require a gradient.
+
+    Of a quantized model, these are the deltas: what the frozen scales are changed by, a set for
+    each bucket of timesteps.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
     has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.
@@ -274,8 +277,8 @@ def main():
     if RANK > 0:
         return
     if args.bits < 32:
-        subject = {"kind": "adapter", **adapter(model)}
-        load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
+        tuned = {"kind": "adapter", **adapter(model)}
+        load_adapter(model, tuned)  # rounds the deltas to float16, as they are saved
 
     # sample and score; if the training has diverged, this fails, and no older file is replaced
     images_after, scores_after = evaluate(model, parts, args)
@@ -285,7 +288,7 @@ def main():
     subject_file = tuned_file
     if args.bits < 32:
         subject_file = args.out / "adapter.pt"
-        save(subject, subject_file)
+        save(tuned, subject_file)
     save({**header, "model": model.state_dict()}, tuned_file)
     title = title_of(args)
     draw_grid(instance, images_before, images_after, title, args.out / "grid.png")
@@ -318,7 +321,7 @@ def find_subject(name):
         if shipped.name == name:
             if Path(name).is_dir() and not shipped.samefile(name):
                 raise ValueError(
-                    f"{name} is a folder here and a subject that ships; "
+                    f"{name} is a folder here and a shipped subject; "
                     f"give --subject ./{name} or --subject {shipped}"
                 )
             return shipped

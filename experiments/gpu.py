@@ -1,7 +1,7 @@
 """What the kernels and CUDA graphs give on a GPU: python experiments/gpu.py --seconds 200
 
 First the tests of both. Then training steps and sampling steps: full fine-tuning and TuneQDM, by
-quant.py's plain code or by kernels.py, each launch on its own or in CUDA graphs. Each time is
+quant.py's plain code or by gpu_kernels.py, each launch on its own or in CUDA graphs. Each time is
 printed when it is known, and all of them once more in a table at the end. What fails is reported
 and passed over, and what --seconds don't suffice for is left out.
 """
@@ -98,11 +98,11 @@ def seconds_left(args):
 
 
 def check(args):
-    """Run tests/test_kernels.py in processes side by side, if pytest-xdist is there."""
+    """Run tests/test_gpu_kernels.py in processes side by side, if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     if importable("xdist"):
         command += ["-n", "8"]
-    command.append(str(ROOT / "tests" / "test_kernels.py"))
+    command.append(str(ROOT / "tests" / "test_gpu_kernels.py"))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.test_seconds)
         say("tests:", done.stdout[-3500:], done.stderr[-500:])
@@ -185,7 +185,7 @@ def sample(net, batch):
 
 @contextlib.contextmanager
 def code_of(variant):
-    """Quantized layers run quant.py's plain code, or kernels.py if the variant says so."""
+    """Quantized layers run quant.py's plain code, or gpu_kernels.py if the variant says so."""
     kernels = quant.kernels
     if not variant.has_kernels:
         quant.kernels = None

@@ -85,7 +85,7 @@ def by_plain_code(run):
 
 
 def by_kernels(run):
-    """What run() returns if kernels.py takes over, on the CPU as well."""
+    """What run() returns if gpu_kernels.py takes over, on the CPU as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quant.kernels, "usable", lambda x: True)
         return run()
@@ -241,10 +241,10 @@ def test_a_single_image_and_a_single_vector():
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["triton", "kernels"])
+@pytest.mark.parametrize("missing", ["triton", "gpu_kernels"])
 def test_the_plain_code_runs_without(missing, monkeypatch):
-    """A copy of quant.py, imported without Triton or without kernels.py, quantizes and trains."""
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    """A copy of quant.py, imported without Triton or gpu_kernels.py, quantizes and trains."""
+    monkeypatch.delitem(sys.modules, "gpu_kernels", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)  # its import fails
     spec = importlib.util.spec_from_file_location("quant_alone", quant.__file__)
     alone = importlib.util.module_from_spec(spec)

@@ -167,7 +167,7 @@ def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch
     assert run(stable_diffusion, *once, "--resume") == 130
     monkeypatch.setattr(runtime.Loop, "watch", watch)
     assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
-    assert "is of a run with --lr 0.01" in capsys.readouterr().err
+    assert "comes from a run with --lr 0.01" in capsys.readouterr().err
     assert run(stable_diffusion, *once, "--resume") == 0
     assert "peak memory" in capsys.readouterr().out
     for name in ("adapter.pt", "state.pt"):
