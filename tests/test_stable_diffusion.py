@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import runtime
 from quant import QuantLayer, bucket, deltas, equal_edges, merge, quantize
-from runtime import load
+from runtime import load, save
 
 SCHEDULE = {
     "beta_schedule": "scaled_linear",
@@ -292,13 +292,13 @@ def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
     assert (one == five[8:, :8]).all()  # the fifth image is seed 4's first
 
     # the adapter is what is drawn
-    adapter = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    adapter = load(tmp_path / "adapter.pt", "adapter")
     adapter["deltas"] += 0.5
-    torch.save(adapter, tmp_path / "adapter.pt")
+    save(adapter, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command, "--n", 1, "--seed", 4) == 0
     assert (one != np.array(Image.open(tmp_path / "sample.png"))).any()
     adapter["fingerprint"] = "another"
-    torch.save(adapter, tmp_path / "adapter.pt")
+    save(adapter, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command) == 2
     assert "made for another base" in capsys.readouterr().err
 
