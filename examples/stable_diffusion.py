@@ -273,7 +273,7 @@ def tune(unet, noise, data, args, state=None):
 
     # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
     shown = equal_edges(args.buckets if args.buckets > 1 else 4, T)
-    loop = Loop("tuning", args, first, shown, save_state)
+    loop = Loop("tuning", args, first, shown, trained.values(), save_state)
     # fmt: off
     for step in loop:
         warm_up = min(1, (step + 1) / 20)

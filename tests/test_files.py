@@ -317,7 +317,7 @@ def test_the_malformed_states_are_malformed_in_one_place(stopped):
     """The state itself can be resumed, and a state beyond --steps names both numbers."""
     args, state, subject, model = stopped
     train.finetune(copy.deepcopy(model), args, *subject, copy.deepcopy(state))
-    with pytest.raises(ValueError, match="at step 2 already; give --steps more"):
+    with pytest.raises(ValueError, match="at step 2 already; give --steps at least"):
         shorter = Namespace(**{**vars(args), "steps": 1})
         train.finetune(copy.deepcopy(model), shorter, *subject, copy.deepcopy(state))
 
@@ -436,7 +436,7 @@ def test_sampling_does_not_replace_what_it_reads(flag, finished, tmp_path, capsy
     for item in files.items():
         flags += item
     error = error_of(sample, *flags, "--out", files[flag], capsys=capsys)
-    assert f"--out is the file of {flag}" in error
+    assert f"--out is the same file as {flag}" in error
     assert files[flag].read_bytes() == before
 
 
