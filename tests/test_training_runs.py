@@ -23,7 +23,9 @@ from quant import deltas, quantize
 from runtime import BASE, load, load_model, save
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ("--batch", 1, "--calibration", "minmax", "--sample-steps", 1, "--device", "cpu")
+SHORT = ("--batch", 1, "--sample-steps", 1, "--device", "cpu")
+QUICK = (*SHORT, "--calibration", "minmax")
+FLOAT = (*SHORT, "--bits", 32)
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
 
 
@@ -186,9 +188,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("bits", [4, 32])
-def test_the_last_update_is_checked(bits, tmp_path, monkeypatch, capsys, no_images):
-    flags = (*QUICK, "--bits", bits, "--steps", 3, "--out", tmp_path)
+@pytest.mark.parametrize("kind", [QUICK, FLOAT])
+def test_the_last_update_is_checked(kind, tmp_path, monkeypatch, capsys, no_images):
+    flags = (*kind, "--steps", 3, "--out", tmp_path)
     assert run(train, *flags) == 0
     before = contents(tmp_path)
     nan_gradient_in_step(3, monkeypatch)
