@@ -324,6 +324,10 @@ class Parser(argparse.ArgumentParser):
             help += f" (default: {default})"
         (group or self).add_argument(flag, type=check, default=default, help=help)
 
+    def seed(self, help, group=None):
+        """Add --seed. A generator of PyTorch on the CPU has seeds of 32 bits and drops the rest."""
+        self.number("--seed", int, 0, 2**32 - 1, 0, help, group)
+
     def device(self):
         """Add --device; its default is the best one on this machine."""
         found = ["cpu"]
@@ -340,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         self.number("--steps", int, 0, 10**7, steps, "optimizer steps", run)
         self.number("--lr", float, 0, 10, lr, lr_help, run)
         self.number("--batch", int, 1, 4096, batch, batch_help, run)
-        self.number("--seed", int, 0, 2**62, 0, "seed of everything random", run)
+        self.seed("seed of everything random", run)
         run.add_argument("--out", type=filled_path, help=out_help)
         run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
         compile_help = "torch.compile: shorter steps after a minute or two of compiling"

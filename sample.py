@@ -154,7 +154,7 @@ def arguments():
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
     parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
     parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
-    parser.number("--seed", int, 0, 2**63 - 1, 0, "seed of the noise")
+    parser.seed("seed of the noise")
     packed_help = "never hold float weights: less memory, slower"
     parser.add_argument("--packed", action="store_true", help=packed_help)
     out = Path("out") / "sample.png"

@@ -316,6 +316,7 @@ REFUSED = [
     (sample, "--adapter=", "--adapter"),
     (sample, "--out=", "--out"),
     (sample, "--packed", "--packed needs a quantized model"),
+    *((script, f"--seed {2**32}", "--seed") for script in (train, pretrain, sample)),  # as seed 0
 ]
 # pretraining has none of fine-tuning's own flags
 for flag in (
