@@ -24,13 +24,13 @@ def test_2000_steps_and_200_samplings(tmp_path, monkeypatch):
     images, captions = toy.load_subject(BASE.parent / "subjects" / "mo")
     words = torch.tensor([toy.caption("sks creature")])
     weighed = []  # bytes of the process
-    show = train.Loop.show
+    watch = train.Loop.watch
 
-    def show_and_weigh(*args):
-        show(*args)
+    def watch_and_weigh(*args):
+        watch(*args)
         weighed.append(resident())
 
-    monkeypatch.setattr(train.Loop, "show", show_and_weigh)
+    monkeypatch.setattr(train.Loop, "watch", watch_and_weigh)
     train.finetune(model, args, images, captions)
     for i in range(200):
         sample.sample(model, words, 2, seed=i, packed=i % 2 == 0)

@@ -237,8 +237,9 @@ def test_a_quantized_model_inside_a_quantized_one_uses_its_own_buckets(make):
     times = (100, 900)
     for b, t in enumerate(times):
         for inner_b, inner_t in enumerate(times):
-            plain = merge(outer, b)
-            plain.inner = merge(outer.inner, inner_b)
+            half_plain = copy.deepcopy(outer)
+            half_plain.inner = merge(outer.inner, inner_b)
+            plain = merge(half_plain, b)
             torch.testing.assert_close(outer(x, t, inner_t), plain(x, None, None), **CLOSE)
 
     # a batch of several buckets: the first sample is in bucket 0 outside and in 1 inside
