@@ -35,7 +35,7 @@ def write_table(title: str, table: str):
 
 
 def write_text(text, file):
-    """What save writes a text with."""
+    """Write text to a file that is open in binary mode; for save(text, path, write_text)."""
     file.write(text.encode())
 
 

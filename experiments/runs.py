@@ -20,7 +20,8 @@ from data import toy
 from data.score import score
 from model import Diffusion
 from quant import QuantLayer, adapter, deltas, quantize
-from runtime import BASE, file_size, load_model
+from report import write_text
+from runtime import BASE, file_size, load_model, save
 from sample import sample
 
 DIFFUSION = Diffusion()
@@ -298,11 +299,31 @@ def losses(model, x0, words, t, generator) -> Tensor:
 
 
 def lines(log: Path, **key) -> list[dict]:
-    """The lines of the log that have this key."""
+    """The lines of the log that have this key.
+
+    A last line that was cut, by the end of a run that was killed, doesn't count: that run is done
+    again. Raises ValueError for any other line that isn't one of a run.
+    """
     if not log.exists():
         return []
-    found = [json.loads(line) for line in log.read_text().splitlines()]
+    found = []
+    whole, _ = whole_lines(log)
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if not isinstance(line, dict):
+            raise ValueError(f"{log}, line {number} isn't the line of a run; correct or remove it")
+        found.append(line)
     return [line for line in found if key.items() <= line.items()]
+
+
+def whole_lines(log: Path) -> tuple[str, bool]:
+    """The text of a log up to its last line break, and whether there is more of it."""
+    text = log.read_text(errors="replace")
+    end = text.rfind("\n") + 1
+    return text[:end], end < len(text)
 
 
 def is_due(args, name: str, key: dict) -> bool:
@@ -313,10 +334,14 @@ def is_due(args, name: str, key: dict) -> bool:
 
 
 def append(log: Path, key: dict, found: dict):
-    """Add a line to the log.
+    """Add a line to the log, in the place of a last one that was cut.
 
     The log isn't held open during a run, which takes minutes: it may be replaced meanwhile.
     """
+    if log.exists():
+        whole, is_cut = whole_lines(log)
+        if is_cut:
+            save(whole, log, write_text)
     with log.open("a") as file:
         file.write(json.dumps({**key, **found}) + "\n")
 
