@@ -70,6 +70,7 @@ def sample(
 ):
     """Draw an image for each caption of words (N, L): (N, 3, 16, 16) in [-1, 1].
 
+    An image depends on its caption, the seed and its place in the batch, and on no other image.
     steps: timesteps visited, out of T. sampler: "ddpm" or "ddim". cfg_scale: the scale of
     classifier-free guidance; 1 is none. chunk: how many images the model sees at once. packed:
     keep the weights of a quantized model packed, which takes less memory and more time; else they
@@ -80,9 +81,8 @@ def sample(
     timesteps = torch.linspace(diffusion.T - 1, 0, steps).round().long().tolist()
     abars = [*diffusion.alphas_cumprod[timesteps], torch.ones((), dtype=torch.float64)]
 
-    generator = torch.Generator().manual_seed(seed)
-    size = (len(words), 3, toy.SIZE, toy.SIZE)
-    x = torch.randn(size, generator=generator)
+    generators = noise_generators(seed, len(words))
+    x = draw_noise(generators)
 
     merges = hasattr(model, "quant_config") and not packed
     net = model
@@ -94,10 +94,27 @@ def sample(
                 net = merge(model, b)
                 merged_bucket = b
         x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk)
-        noise = torch.randn(size, generator=generator)
+        noise = draw_noise(generators)
         x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
     check_finite(x)
     return x.clamp(-1, 1)
+
+
+def noise_generators(seed, n):
+    """A generator of noise for each of n images, by the seed and the image's place alone.
+
+    With one generator for all, image 0 of 8 would not be image 0 of 1: the noise of a step begins
+    where that of the step before has ended. torch uses 32 bits of a seed, so seeds are spread over
+    2^32, by that number over the golden ratio: image 1 of seed 0 is then not image 0 of seed 1.
+    """
+    seeds = [(2_654_435_761 * seed + place) % 2**32 for place in range(n)]
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def draw_noise(generators):
+    """Standard normal noise, an image from each of N generators: (N, 3, 16, 16)."""
+    size = (3, toy.SIZE, toy.SIZE)
+    return torch.stack([torch.randn(size, generator=generator) for generator in generators])
 
 
 def check_finite(images):

@@ -18,6 +18,7 @@ import pretrain
 import runtime
 import sample
 import train
+from data import toy
 from model import Diffusion
 from quant import deltas, quantize
 from runtime import BASE, load, load_model, save
@@ -244,6 +245,57 @@ def test_sample_does_not_write_images_that_are_not_finite(tmp_path, capsys):
     assert run(sample, "--ckpt", tmp_path / "tuned.pt", "--steps", 1, "--out", image) == 2
     assert "the images aren't finite" in capsys.readouterr().err
     assert not image.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# An image depends on its caption, the seed and its place, and on no other image
+# --------------------------------------------------------------------------------------------------
+
+
+class Shrink(torch.nn.Module):
+    """A model that computes each value by itself, so that no batch rounds in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t, words):
+        return self.factor * x + 0.01 * words.sum(1).view(-1, 1, 1, 1)
+
+
+PROMPTS = ("red circle", "sks creature", "blue square on plain pink", "red circle", "red circle")
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_an_image_is_the_same_however_many_are_drawn(sampler, chunk):
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
+
+    def draw(words, **kwargs):
+        return sample.sample(Shrink(), words, 5, sampler, seed=3, **kwargs)
+
+    images = draw(words, chunk=chunk)
+    for n in range(1, len(words) + 1):
+        assert torch.equal(draw(words[:n]), images[:n])
+    others = draw(words.flip(0), chunk=chunk)
+    assert torch.equal(others[2], images[2])  # the same caption in the same place
+    assert not torch.equal(images[3], images[4])  # the same caption in another place
+
+
+def test_a_real_image_is_the_same_however_many_are_drawn():
+    model = load_model(BASE)
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
+    images = sample.sample(model, words, 3, chunk=2)
+    alone = sample.sample(model, words[:1], 3)
+    torch.testing.assert_close(images[:1], alone, rtol=0, atol=1e-3)  # batches round differently
+
+
+def test_no_two_images_of_any_seeds_share_their_noise():
+    seen = set()
+    for seed in range(100):
+        for noise in sample.draw_noise(sample.noise_generators(seed, 40)):
+            seen.add(noise.flatten()[0].item() + 1000 * noise.flatten()[1].item())
+    assert len(seen) == 100 * 40
 
 
 # --------------------------------------------------------------------------------------------------
