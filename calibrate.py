@@ -1,4 +1,4 @@
-"""Where quantization starts: three ways to find the integers and the scales of a weight.
+"""Where quantization starts: four ways to find the integers and the scales of a weight.
 
 A grid has a step size s_out and a zero point for each row (output channel), and a scale s_in for
 each column (input channel). The weight is replaced by
@@ -8,16 +8,24 @@ each column (input channel). The weight is replaced by
     minmax    the grid of each row reaches from its smallest to its largest weight; s_in is 1
     mse       the range of each row is shrunk until the squared error is smallest; s_in is 1
     rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
+    gptq      the grid of rowcol, with codes for which the layer's outputs are right on given data
 
 Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K positions of the kernel
-(1 for a linear layer). A calibration takes (w, n_bits) and returns a Grid of w's dtype. It needs no
-data.
+(1 for a linear layer). A calibration takes (w, n_bits) and returns a Grid of w's dtype. The first
+three need no data. gptq takes what the layer sees, too: its Moments.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------
+# From the weights alone
+# --------------------------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
@@ -136,4 +144,183 @@ def least_squares_scale(w: Tensor, a: Tensor, old: Tensor, dims: tuple[int, int]
     return torch.where(norm > 0, (w * a).sum(dims, keepdim=True) / norm, old)
 
 
-CALIBRATIONS = {"minmax": minmax, "mse": mse, "rowcol": rowcol}
+# --------------------------------------------------------------------------------------------------
+# From data: the errors of a layer's outputs
+# --------------------------------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """What a layer sees, summed over samples and positions. A group has J = I * K inputs.
+
+    x is what reaches the layer in the network that is quantized up to here, x_float the same in the
+    float network. Of J = 11,520 inputs, each of the two takes 531 MB as float32.
+    """
+
+    h: Tensor  # (G, J, J), the sum of x x^T
+    cross: Tensor  # (G, J, J), the sum of x_float x^T
+
+
+def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
+    """The grid of rowcol, with codes for which the outputs are right (GPTQ, arXiv 2210.17323).
+
+    A small error of each weight isn't what is needed. It is a small error of the output, and the
+    inputs of a layer are correlated: the weights of some inputs can make up for the errors of
+    others. So each weight is rounded in turn, and then the weights of its row that are still to be
+    rounded move to where the output's squared error is smallest again, see compensate.
+
+    The outputs to come near to are those of the float network. Data must come from all timesteps,
+    since what a layer sees at one timestep has other correlations than at another.
+    """
+    g, o, i, k = w.shape
+    targets = []
+    for of_group, h, cross in zip(w.reshape(g, o, i * k), *seen):
+        targets.append(match_outputs(of_group, h, cross))
+    target = torch.stack(targets).view_as(w)
+
+    _, zero_point, s_out, s_in = rowcol(target, n_bits)
+    # Scales of columns can go over to the inputs, W x = (W / s_in) (s_in x), and what is left is a
+    # grid for each row.
+    scaled = (target / s_in).reshape(g, o, i * k)
+    s_of_input = s_in.expand(g, 1, i, k).reshape(g, 1, i * k)
+    h = seen.h * s_of_input * s_of_input.mT
+    codes = [compensate(*of_group, n_bits) for of_group in zip(scaled, s_out, zero_point, h)]
+    return Grid(torch.stack(codes).view_as(w), zero_point, s_out, s_in)
+
+
+def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
+    """The weights (O, J) whose outputs on x come nearest to those of w (O, J) on x_float.
+
+    They minimize the sum of |w x_float - v x|^2, so v = w cross h^-1. Damping keeps v near w for
+    inputs that were hardly seen.
+    """
+    damping = DAMPING * average(h) * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return torch.linalg.solve(h + damping, w @ (cross + damping), left=False)
+
+
+def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: int) -> Tensor:
+    """Codes (O, J) of w (O, J), with which the squared error of the outputs is small.
+
+    s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
+
+    Of each row, input j's weight is rounded, and the weights of the inputs after it move by
+
+        -error / u[j, j] * u[j, j + 1:]         u upper triangular, u^T u = h^-1
+
+    which is where least squares would put them. Inputs with large values come first: their errors
+    cost most, and can be made up for by all others.
+    """
+    order = h.diagonal().argsort(descending=True, stable=True)
+    u = inverse_factor(h[order][:, order])
+    w = w.T[order]  # (J, O), so that an input's weights lie side by side
+    s_out = s_out.flatten()
+    zero_point = zero_point.flatten()
+    codes = torch.empty_like(w)
+    for j in range(len(w)):
+        code = nearest_codes(w[j], s_out, zero_point, n_bits)  # (O,)
+        error = w[j] - (code - zero_point) * s_out
+        w[j:] -= torch.outer(u[j, j:], error / u[j, j])
+        codes[order[j]] = code
+    return codes.T
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """The upper triangular u (J, J) with u^T u = (h + damping)^-1, for h of any size.
+
+    If h + damping = r r^T with r upper triangular, then u = r^-1. Cholesky's factor is a lower
+    triangular one, and that of the flipped matrix, flipped, is r.
+    """
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    h = h / average(h) + DAMPING * eye
+    r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(r, eye, upper=True)
+
+
+def average(h: Tensor) -> Tensor:
+    """The mean of x^2 over the inputs, times the number of samples and positions; never 0."""
+    return h.diagonal().mean().clamp(min=1e-30)
+
+
+DAMPING = 0.01  # of the average; inputs that were never seen count as if they had this much
+
+
+# --------------------------------------------------------------------------------------------------
+# The data: what a layer sees
+# --------------------------------------------------------------------------------------------------
+
+
+class Reached(BaseException):
+    """Ends a call of a model early. No Exception, which the model might catch."""
+
+
+def count_calls(model: nn.Module, layers: list[nn.Module], batch) -> dict[nn.Module, int]:
+    """How often the model calls each of layers on a batch, in the order of their first calls."""
+    calls = {}
+
+    def count(layer, args):
+        calls[layer] = calls.get(layer, 0) + 1
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    try:
+        call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def inputs_of(layer: nn.Module, calls: int, model: nn.Module, batch) -> list[Tensor]:
+    """What reaches a layer when the model is called on a batch. The call ends after so many."""
+    inputs = []
+
+    def keep(layer, args):
+        inputs.append(args[0].clone())  # the model may change it in place
+        if len(inputs) == calls:
+            raise Reached
+
+    hook = layer.register_forward_pre_hook(keep)
+    try:
+        with contextlib.suppress(Reached):
+            call(model, batch)
+    finally:
+        hook.remove()
+    return inputs
+
+
+def call(model: nn.Module, batch):
+    """model(*batch), or model(**batch) if the batch is a dict."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch)
+
+
+def moments(layer: nn.Module, inputs: list[Tensor], float_inputs: list[Tensor]) -> Moments:
+    """The Moments of a Conv2d or Linear whose inputs are these, in batches."""
+    h = 0
+    cross = 0
+    for x, x_float in zip(inputs, float_inputs):
+        x = columns(layer, x)  # (G, samples and positions, J)
+        x_float = columns(layer, x_float)
+        h = h + x.mT @ x
+        cross = cross + x_float.mT @ x
+    return Moments(h, cross)
+
+
+def columns(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs x of a layer as what its weight (G, O, J) is multiplied by: (G, ..., J)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    images = x.view(-1, *x.shape[-3:])  # a single image has no batch dimension
+    patches = F.unfold(images, layer.kernel_size, layer.dilation, pixels(layer), layer.stride)
+    patches = patches.unflatten(1, (layer.groups, -1))  # (N, G, J, positions)
+    return patches.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def pixels(conv: nn.Module) -> tuple[int, ...]:
+    """The padding of a Conv2d in pixels, also if it is "same" or "valid"."""
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
+    return (0, 0) if conv.padding == "valid" else conv.padding
+
+
+CALIBRATIONS = {"minmax": minmax, "mse": mse, "rowcol": rowcol, "gptq": gptq}

@@ -47,8 +47,10 @@ import copy
 import hashlib
 import inspect
 import reprlib
+from collections.abc import Iterable
 from contextvars import ContextVar
 from fnmatch import fnmatch
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,7 +58,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibrate import CALIBRATIONS
+from calibrate import CALIBRATIONS, count_calls, gptq, inputs_of, moments, pixels
 
 try:
     import gpu_kernels as kernels  # the same in fewer launches, on a GPU
@@ -513,12 +515,7 @@ class QuantConv2d(QuantLayer):
         self.dilation = layer.dilation
         self.padding_mode = layer.padding_mode
 
-        # conv2d_input takes numbers only, not "same" or "valid"
-        self.pixels = layer.padding
-        if layer.padding == "valid":
-            self.pixels = (0, 0)
-        if layer.padding == "same":
-            self.pixels = [d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size)]
+        self.pixels = pixels(layer)  # conv2d_input takes numbers only, not "same" or "valid"
 
     def matmul(self, x, w, bias=None):  # (N, I, H, W), (O, I, *kernel) -> (N, O, H', W')
         return F.conv2d(x, w, bias, self.stride, self.pixels, self.dilation, self.groups)
@@ -568,6 +565,7 @@ def quantize(
     keep8: list[str] | None = None,
     keep_float: list[str] = (),
     edges: list[float] | None = None,
+    data: Iterable | None = None,
 ) -> nn.Module:
     """Replace every Conv2d and Linear of model by a quantized layer; then only deltas train.
 
@@ -576,7 +574,7 @@ def quantize(
     n_bits: 2 to 8.
     num_buckets: how many scale sets there are over the timesteps 0 .. T.
     scales: what is trained, "out" (rows alone, PEQA) or "out+in".
-    calibration: "minmax", "mse" or "rowcol", see calibrate.py.
+    calibration: "minmax", "mse", "rowcol", or "gptq", which needs data; see calibrate.py.
     timestep: the name of the argument of model.forward that holds the timesteps, (N,) or one for
         all samples. A model with one bucket doesn't need it.
     keep8: patterns of names of layers to keep at 8 bits, such as "down.*"; by default the first and
@@ -584,6 +582,9 @@ def quantize(
     keep_float: patterns of names of layers to leave as they are.
     edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
         ignored.
+    data: for gptq, batches such as model is called with: tuples of positional arguments, or dicts
+        of keyword arguments. They should show noisy images at all timesteps; a hundred images
+        suffice. The model is called twice on each batch for each layer.
 
     Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
     no layer, for a model without layers to quantize, and for each layer that can't be quantized,
@@ -598,22 +599,24 @@ def quantize(
     layers = find_layers(model, keep_float)
     keep8 = first_and_last_conv(layers) if keep8 is None else as_patterns(model, "keep8", keep8)
 
-    # All layers are made before the first is replaced: an error leaves the model as it was.
-    replacements = []
-    for layer, names in layers.items():
+    def make(layer, calibrate):
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        bits = 8 if any(matches(name, keep8) for name in names) else n_bits
-        quantized = kind(layer, bits, num_buckets, scales, CALIBRATIONS[calibration])
-        quantized.train(layer.training)
-        replacements.append((names, quantized))
+        bits = 8 if any(matches(name, keep8) for name in layers[layer]) else n_bits
+        return kind(layer, bits, num_buckets, scales, calibrate)
+
+    # All layers are made before the first is replaced: an error leaves the model as it was.
+    if calibration == "gptq":
+        made = make_with_data(model, layers, make, data)
+    else:
+        made = {layer: make(layer, CALIBRATIONS[calibration]) for layer in layers}
 
     inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
     model.requires_grad_(False)
     for delta in inner_deltas:
         delta.requires_grad_(True)
-    for names, quantized in replacements:
-        for name in names:
-            model.set_submodule(name, quantized)
+    put(model, layers, made)
+    for layer, quantized in made.items():
+        quantized.train(layer.training)
 
     model.quant_config = {
         "n_bits": int(n_bits),
@@ -628,6 +631,68 @@ def quantize(
         model.register_forward_pre_hook(set_batch, with_kwargs=True)
         model.register_forward_hook(clear_batch, always_call=True)
     return model
+
+
+def put(model: nn.Module, layers: dict[nn.Module, list[str]], made: dict[nn.Module, nn.Module]):
+    """Give the model the quantized layers that are made, and the float ones in all other places.
+
+    layers: {float layer: its names}. made: {float layer: quantized layer}.
+    """
+    for layer, names in layers.items():
+        for name in names:
+            model.set_submodule(name, made.get(layer, layer))
+
+
+@torch.no_grad()
+def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
+    """Make the quantized layers by gptq, one after the other, in the order of the model's calls.
+
+    Each sees the errors of those before it, and makes up for them as far as it can. Besides the
+    float model and the packed layers, memory holds what one layer sees: its inputs for all batches
+    of data, and its Moments.
+    """
+    data = list(data or ())
+    if not data:
+        raise ValueError("gptq needs data: batches that the model is called with")
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()  # no dropout, and no running statistics of BatchNorm
+    made = {}
+    try:
+        # deltas are zero, so all samples can have the scales of bucket 0
+        with batch_set(Batch(model, [0], torch.zeros(0, dtype=torch.long))):
+            calls = count_calls(model, layers, data[0])
+            check_called(layers, calls)
+            for layer, count in calls.items():
+                put(model, layers, {})
+                x_float = [inputs_of(layer, count, model, batch) for batch in data]
+                put(model, layers, made)
+                x = [inputs_of(layer, count, model, batch) for batch in data]
+                with torch.autocast(layer.weight.device.type, enabled=False):
+                    seen = moments(layer, sum(x, []), sum(x_float, []))
+                    check_finite(seen, layers[layer])
+                    made[layer] = make(layer, partial(gptq, seen=seen))
+    finally:
+        put(model, layers, {})
+        for module in was_training:
+            module.training = True
+    return made
+
+
+def check_called(layers, calls):
+    """Raise ValueError for a layer that the data never reaches."""
+    for layer, names in layers.items():
+        if layer not in calls:
+            raise ValueError(
+                f"data never reaches layer '{names[0]}'; add some, or name it in keep_float"
+            )
+
+
+def check_finite(seen, names):
+    """Raise ValueError if a layer's Moments aren't finite."""
+    if not seen.h.isfinite().all() or not seen.cross.isfinite().all():
+        raise ValueError(
+            f"layer '{names[0]}' sees inputs that aren't finite; correct data or model"
+        )
 
 
 def check_buckets(num_buckets, T):

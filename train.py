@@ -196,6 +196,21 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     # fmt: on
 
 
+def calibration_data(device="cpu", n=96, seed=0):
+    """Class images at n timesteps from 0 to T, for gptq: batches (x_t, t, words) of 32.
+
+    The seed is not --seed. So one quantized base serves all subjects, whatever their seeds.
+    """
+    diffusion = Diffusion()
+    generator = torch.Generator().manual_seed(seed)
+    x0, words = toy.sample_scenes(n, generator, rare=0)
+    t = diffusion.draw_timesteps(n, generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    x_t = diffusion.q_sample(x0, t, eps)
+    x_t = x_t.to(device, memory_format=torch.channels_last)
+    return list(zip(x_t.split(32), t.to(device).split(32), words.to(device).split(32)))
+
+
 def draw_batch(n, instance, captions, diffusion, generator):
     """n instance images and n class images, their captions, and a timestep for each.
 
@@ -263,7 +278,15 @@ def main():
     # quantize
     header = {"kind": "model", "config": model.config}
     if args.bits < 32:
-        quantize(model, args.bits, args.buckets, Diffusion().T, args.scales, args.calibration)
+        quantize(
+            model,
+            args.bits,
+            args.buckets,
+            Diffusion().T,
+            args.scales,
+            args.calibration,
+            data=calibration_data(args.device),
+        )
         header = {
             "kind": "quantized",
             "config": model.config,

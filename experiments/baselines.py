@@ -84,7 +84,7 @@ def lora(model, rank):
     return swap(model, partial(LoRA, rank=rank))
 
 
-def lora_packed(model, rank, n_bits=4, calibration="minmax"):
+def lora_packed(model, rank, n_bits=4, calibration="minmax", data=None):
     """LoRA on the quantized model, with packed integers (as QLoRA, Dettmers et al. 2023)."""
     lora(model, rank)
     quantize(
@@ -93,6 +93,7 @@ def lora_packed(model, rank, n_bits=4, calibration="minmax"):
         scales="out",
         calibration=calibration,
         keep_float=["*.lora_a", "*.lora_b"],
+        data=data,
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

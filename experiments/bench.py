@@ -382,7 +382,9 @@ def quantizing(base, size, args):
     """The table of the time to quantize."""
     row = []
     for calibration in CALIBRATIONS:
-        run = partial(quantize, copy.deepcopy(base), 4, calibration=calibration)
+        x, t, words, _ = batch_of(64, size, args.device)
+        data = list(zip(x.split(16), t.split(16), words.split(16)))
+        run = partial(quantize, copy.deepcopy(base), 4, calibration=calibration, data=data)
         row.append(f"{clock(run, args.device):.2f}")
     print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(CALIBRATIONS), [row])
 

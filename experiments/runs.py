@@ -118,6 +118,25 @@ ABLATIONS = by_name(
     ]
 )
 
+TUNING = by_name(
+    [
+        Row(
+            f"{calibration}{change.replace(' --', ', ')}",
+            flags=f"--calibration {calibration}{change}",
+        )
+        for calibration, change in (
+            ("rowcol", ""),
+            ("gptq", ""),
+            ("gptq", " --lr 0.02"),
+            ("gptq", " --prior 0.5"),
+            ("gptq", " --prior 1"),
+            ("gptq", " --steps 700"),
+            ("gptq", " --lr 0.02 --prior 0.5"),
+            ("gptq", " --lr 0.015"),
+        )
+    ]
+)
+
 # What a run is scored by: the keys of the log, and the columns that they become.
 SCORES = {
     "parts": "parts right",
@@ -126,6 +145,7 @@ SCORES = {
     "both identity": "both whole",
     "prompt": "prompt right",
     "red parts": "in other creatures",
+    "world loss": "loss on the world",
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -143,13 +163,20 @@ def prepare(args, row: Row, subject: str, seed: int):
     run.sample_steps //= args.less
 
     model = load_model(BASE, run.device)
+    data = train.calibration_data(run.device)
     if row.lora:
         torch.manual_seed(run.seed)  # its first matrices are random
-        lora_packed(model, 2, run.bits, run.calibration).to(run.device)
+        lora_packed(model, 2, run.bits, run.calibration, data).to(run.device)
     elif run.bits < 32:
-        edges = log_snr_edges(run.buckets) if row.log_snr_edges else None
         quantize(
-            model, run.bits, run.buckets, DIFFUSION.T, run.scales, run.calibration, edges=edges
+            model,
+            run.bits,
+            run.buckets,
+            DIFFUSION.T,
+            run.scales,
+            run.calibration,
+            edges=log_snr_edges(run.buckets) if row.log_snr_edges else None,
+            data=data,
         )
     if row.raw_scales:
         train_raw_scales(model)
@@ -221,6 +248,7 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
         "trained": sum(p.numel() for p in trained.values()),
         "bytes": subject_bytes(model, trained),
         **measure(model, parts, run),
+        "world loss": validation_loss(model),
         "base bytes": file_size(rest),
     }
 
@@ -291,6 +319,14 @@ def losses(model, x0, words, t, generator) -> Tensor:
     eps = torch.randn(x0.shape, generator=generator)
     chunks = zip(x0.split(128), words.split(128), t.split(128), eps.split(128))
     return torch.cat([squared_error(model, *chunk) for chunk in chunks])
+
+
+def validation_loss(model, n=1024, seed=12345) -> float:
+    """Mean squared error of v on n fixed scenes of the world, timesteps and noises."""
+    generator = torch.Generator().manual_seed(seed)
+    x0, words = toy.sample_scenes(n, generator)
+    t = DIFFUSION.draw_timesteps(n, generator)
+    return losses(model, x0, words, t, generator).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The tables: python experiments/tables.py [base] [subjects] [several] [recovery] [ablations]
+                                           [tuning]
 
 A finished run is a line of the log and isn't done again. So a command can be stopped and started
 again, and several processes can share the work (--rows, --subjects).
@@ -8,33 +9,27 @@ again, and several processes can share the work (--rows, --subjects).
 """
 
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from tqdm import tqdm
-
-from calibrate import CALIBRATIONS
 from data import toy
 from pretrain import score_base
-from quant import quantize
+from recovery import ONE_SET, recover, settings_of_calibrations, settings_of_scale_sets
 from report import mean_sd, print_table, write_table
 from runs import (
     ABLATIONS,
-    DIFFUSION,
     MINE,
     SCORES,
     SEVERAL,
     SUBJECTS,
-    WIDTHS,
+    TUNING,
     append,
     is_due,
     lines,
-    losses,
     parse_with_log,
-    squared_error,
     tune,
 )
 from runtime import BASE, Parser, guard, load_model
@@ -200,70 +195,79 @@ def ablations(args):
     fill(args, "one thing changed", ABLATIONS, toy.TABLE, pairs)
 
 
+def tuning(args):
+    """Choose the defaults of fine-tuning, on subjects that no other table reports."""
+    rowcol = next(iter(TUNING))
+    pairs = [(row, rowcol) for row in TUNING if row != rowcol]
+    fill(args, "tuning", TUNING, toy.TUNING, pairs)
+
+
 def recovery(args):
     """Tune scales on the pretraining set: how much of the quantization gap do they recover?"""
-    settings = [(32, "full precision")]
-    for bits in sorted(WIDTHS, reverse=True):
-        for calibration in CALIBRATIONS:
-            settings.append((bits, calibration))
+    calibrations = settings_of_calibrations()
+    scale_sets = settings_of_scale_sets()
+    recover_all(args, calibrations + scale_sets)
+    show_calibrations(args, calibrations)
+    show_scale_sets(args, scale_sets)
 
+
+def recover_all(args, settings):
+    """Tune with each setting and seed, if the log doesn't have it."""
     for seed in range(args.seeds):
-        for bits, calibration in settings:
-            name = f"{bits} bits, {calibration}"
-            key = {"recovery": name, "seed": seed}
-            if is_due(args, name, key):
-                append(args.log, key, recover(bits, calibration, 300 // args.less, seed))
+        for setting in settings:
+            if seed > 0 and setting.steps > 300:
+                continue  # ten times as long, so one seed has to do
+            key = {"recovery": setting.name, "seed": seed}
+            if is_due(args, setting.name, key):
+                append(args.log, key, recover(setting, seed, args.less))
 
+
+def recoveries_of(args, setting):
+    """The lines of a setting in the log, by seed."""
+    return {line["seed"]: line for line in lines(args.log, recovery=setting.name)}
+
+
+def show_calibrations(args, settings):
+    """A table of the loss before and after tuning, for each width and calibration."""
     rows = []
     floor = None  # the loss of the float base
-    for bits, calibration in settings:
-        runs = lines(args.log, recovery=f"{bits} bits, {calibration}")
+    for setting in settings:
+        runs = list(recoveries_of(args, setting).values())
         if not runs:
             continue
-        before = runs[0]["before"]
+        before = [run["before"] for run in runs]
         after = [run["after"] for run in runs]
         share = ""
-        if bits == 32:
-            floor = before
+        if setting.bits == 32:
+            floor = before[0]
         elif floor is not None:
-            share = f"{(before - sum(after) / len(after)) / (before - floor):.0%}"
-        cells = [str(bits), calibration, f"{before:.5f}", mean_sd(after, 5), share, str(len(runs))]
-        rows.append(cells)
+            gap = sum(before) / len(before) - floor
+            share = f"{1 - (sum(after) / len(after) - floor) / gap:.0%}"
+        quantized = mean_sd(before, 5) if len(set(before)) > 1 else f"{before[0]:.5f}"
+        cells = [str(setting.bits), setting.calibration, quantized]
+        rows.append([*cells, mean_sd(after, 5), share, str(len(runs))])
     columns = ["bits", "calibration", "quantized", "tuned", "recovered", "runs"]
     show(args, "validation loss", columns, rows)
 
 
-def recover(bits, calibration, steps, seed, lr=0.003):
-    """Quantize the base and tune its scales on the pretraining set: validation loss before, after.
-
-    At 32 bits all weights of the base are tuned, at a tenth of the rate.
-    """
-    model = load_model(BASE)
-    if bits == 32:
-        lr = lr / 10
-    else:
-        quantize(model, bits, calibration=calibration)
-    before = validation_loss(model)
-
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    for step in tqdm(range(steps), f"{bits} bits, {calibration}"):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        x0, words = toy.sample_scenes(64, generator)
-        t = DIFFUSION.draw_timesteps(64, generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        optimizer.zero_grad()
-        squared_error(model, x0, words, t, eps).mean().backward()
-        optimizer.step()
-    return {"before": before, "after": validation_loss(model)}
-
-
-def validation_loss(model, n=1024, seed=12345):
-    """Mean squared error of v on n fixed scenes, timesteps and noises."""
-    generator = torch.Generator().manual_seed(seed)
-    x0, words = toy.sample_scenes(n, generator)
-    t = DIFFUSION.draw_timesteps(n, generator)
-    return losses(model, x0, words, t, generator).mean().item()
+def show_scale_sets(args, settings):
+    """A table of the loss by what is trained, and its difference from one set, seed by seed."""
+    rows = []
+    for setting in settings:
+        runs = recoveries_of(args, setting)
+        if not runs:
+            continue
+        one_set = recoveries_of(args, replace(setting, method=ONE_SET))
+        after = [run["after"] for run in runs.values()]
+        both = [seed for seed in runs if seed in one_set]
+        difference = ""
+        if both and setting.method != ONE_SET:
+            difference = mean_sd([runs[s]["after"] - one_set[s]["after"] for s in both], 5)
+        start = f"{setting.bits} bits, {setting.calibration}"
+        cells = [start, str(setting.steps), setting.method, mean_sd(after, 5), difference]
+        rows.append([*cells, str(len(runs))])
+    columns = ["start", "steps", "method", "tuned", f"minus {ONE_SET}", "runs"]
+    show(args, "scale sets", columns, rows)
 
 
 TABLES = {
@@ -272,14 +276,16 @@ TABLES = {
     "several": several_subjects,
     "recovery": recovery,
     "ablations": ablations,
+    "tuning": tuning,
 }
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("tables", nargs="*", choices=TABLES, help="default: all, in this order")
-    subjects_help = "those to run now (default: all six)"
-    parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, help=subjects_help)
+    subjects = toy.TABLE + toy.TUNING
+    subjects_help = "those to run now (default: all)"
+    parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
     rows_help = "patterns of the rows to run now (default: all)"
     parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
@@ -289,7 +295,7 @@ def main():
     if args.quick and args.write:
         parser.error("--quick makes numbers that mean nothing; leave out --write")
     if args.subjects is None:
-        args.subjects = toy.TABLE[:2] if args.quick else toy.TABLE
+        args.subjects = toy.TABLE[:2] + toy.TUNING if args.quick else subjects
     for name in args.tables or TABLES:
         TABLES[name](args)
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+import recovery
 import report
 import tables
 from data import toy
-from runs import Row, by_name
+from recovery import Recovery
+from runs import Row, by_name, losses
 
 LOG = ROOT / "experiments" / "runs.jsonl"
 
@@ -76,22 +78,22 @@ def test_scales_recover_what_quantization_took(monkeypatch):
 
     def validation_loss(model):
         generator = torch.Generator().manual_seed(1)
-        return tables.losses(model, x0, words, t, generator).mean().item()
+        return losses(model, x0, words, t, generator).mean().item()
 
-    monkeypatch.setattr(tables, "validation_loss", validation_loss)
-    found = tables.recover(2, "minmax", 8, 0)
+    monkeypatch.setattr(recovery, "validation_loss", validation_loss)
+    found = recovery.recover(Recovery(2, "minmax", steps=8), 0)
     assert found["after"] < 0.8 * found["before"]
 
 
 def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
-    losses = {
+    found = {
         (32, "full precision"): (0.04, 0.05),
         (4, "mse"): (0.08, 0.05),
         (2, "minmax"): (0.44, 0.14),
     }
 
-    def recover(bits, calibration, steps, seed):
-        before, after = losses[bits, calibration]
+    def recover(setting, seed, less):
+        before, after = found[setting.bits, setting.calibration]
         return {"before": before, "after": after + 0.001 * (seed - 1)}
 
     monkeypatch.setattr(tables, "recover", recover)

@@ -1,0 +1,118 @@
+"""Recovery: tune a quantized base on the pretraining set, and see what of its loss comes back.
+
+The task of the paper's table of CIFAR-10 in miniature: there are data for every timestep, and no
+subject.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from baselines import lora_packed
+from calibrate import CALIBRATIONS
+from data import toy
+from quant import quantize
+from runs import DIFFUSION, WIDTHS, squared_error, validation_loss
+from runtime import BASE, load_model
+from train import calibration_data
+
+ONE_SET = "TuneQDM, N = 1"
+METHODS = {  # the scales that are trained, and the number of their sets; LoRA has none
+    "PEQA": ("out", 1),
+    "PEQA + TAS, N = 2": ("out", 2),
+    ONE_SET: ("out+in", 1),
+    "TuneQDM, N = 2": ("out+in", 2),
+    "TuneQDM, N = 4": ("out+in", 4),
+    "TuneQDM, N = 8": ("out+in", 8),
+    "LoRA r = 2, packed base": None,
+}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A setting: how the base is quantized, what is trained, and for how long."""
+
+    bits: int  # 32 is the float base, all of whose weights are tuned
+    calibration: str
+    method: str = ONE_SET
+    steps: int = 300
+
+    @property
+    def name(self) -> str:
+        """What the log knows it by."""
+        name = f"{self.bits} bits, {self.calibration}"
+        if self.method != ONE_SET:
+            name += f", {self.method}"
+        if self.steps != 300:
+            name += f", {self.steps} steps"
+        return name
+
+
+def settings_of_calibrations() -> list[Recovery]:
+    """The float base, then every width with every calibration."""
+    settings = [Recovery(32, "full precision")]
+    for bits in sorted(WIDTHS, reverse=True):
+        for calibration in CALIBRATIONS:
+            settings.append(Recovery(bits, calibration))
+    return settings
+
+
+def settings_of_scale_sets() -> list[Recovery]:
+    """Every method from three starts, then four methods for ten times as long."""
+    settings = []
+    for bits, calibration in ((4, "rowcol"), (4, "gptq"), (2, "gptq")):
+        for method in METHODS:
+            settings.append(Recovery(bits, calibration, method))
+    for method in list(METHODS)[:4]:
+        settings.append(Recovery(4, "gptq", method, steps=3000))
+    return settings
+
+
+def prepare(setting: Recovery, seed: int):
+    """The model of a setting before it is tuned, and its learning rate."""
+    model = load_model(BASE)
+    if setting.bits == 32:
+        return model, 0.0003
+    data = calibration_data(seed=seed)
+    if METHODS[setting.method] is None:
+        torch.manual_seed(seed)  # LoRA's first matrices are random
+        return lora_packed(model, 2, setting.bits, setting.calibration, data), 0.001
+    scales, num_buckets = METHODS[setting.method]
+    quantize(
+        model,
+        setting.bits,
+        num_buckets,
+        DIFFUSION.T,
+        scales,
+        setting.calibration,
+        data=data,
+    )
+    return model, 0.003
+
+
+def recover(setting: Recovery, seed: int, less: int = 1) -> dict:
+    """Quantize the base and tune it on the pretraining set: the validation loss before and after.
+
+    less: what the number of steps is divided by.
+    """
+    model, lr = prepare(setting, seed)
+    before = validation_loss(model)
+
+    steps = setting.steps // less
+    trained = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(trained)
+    for step in tqdm(range(steps), setting.name):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        x0, words = toy.sample_scenes(64, generator)
+        t = DIFFUSION.draw_timesteps(64, generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        optimizer.zero_grad()
+        squared_error(model, x0, words, t, eps).mean().backward()
+        optimizer.step()
+    return {
+        "trained": sum(p.numel() for p in trained),
+        "before": before,
+        "after": validation_loss(model),
+    }

@@ -1,0 +1,357 @@
+"""Calibration with data: error compensation against least squares, and what a layer sees."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+
+import quant
+from calibrate import (
+    DAMPING,
+    Moments,
+    compensate,
+    gptq,
+    match_outputs,
+    moments,
+    nearest_codes,
+    rowcol,
+)
+from quant import deltas, quantize
+from runtime import BASE, load_model
+from train import calibration_data
+
+
+def correlated(n, size, seed=0):
+    """n inputs (n, size), correlated and of different sizes, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    x = torch.randn(n, size, generator=generator, dtype=torch.float64) @ mixing
+    return x + 3 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+
+def with_damping(x):
+    """x (n, J), and below it the rows that stand for damping: (n + J, J)."""
+    average = x.square().sum(0).mean().clamp(min=1e-30)
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.cat([x, (DAMPING * average).sqrt() * eye])
+
+
+# --------------------------------------------------------------------------------------------------
+# The mathematics, against least squares
+# --------------------------------------------------------------------------------------------------
+
+
+def compensate_slowly(w, s_out, zero_point, x, n_bits):
+    """compensate, by solving for all the weights that are still to be rounded after each rounding.
+
+    w (O, J), x (n, J).
+    """
+    order = x.square().sum(0).argsort(descending=True)
+    x = with_damping(x)
+    y = x @ w.T  # what the float weights give
+    weights = w.clone()
+    codes = torch.zeros_like(w)
+    for count, j in enumerate(order.tolist(), 1):
+        codes[:, j] = nearest_codes(weights[:, j], s_out.flatten(), zero_point.flatten(), n_bits)
+        weights[:, j] = (codes[:, j] - zero_point.flatten()) * s_out.flatten()
+        rounded = order[:count]
+        rest = order[count:]
+        missing = y - x[:, rounded] @ weights[:, rounded].T
+        weights[:, rest] = torch.linalg.lstsq(x[:, rest], missing).solution.T
+    return codes
+
+
+@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n", [1, 5, 200])  # of 12 inputs: h is singular at first
+def test_compensation_equals_least_squares_after_each_rounding(n_bits, n):
+    x = correlated(n, 12)
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(7, 12, generator=generator, dtype=torch.float64)
+    s_out = torch.rand(7, 1, 1, generator=generator, dtype=torch.float64) * 4 / 2**n_bits + 0.01
+    zero_point = torch.randint(2**n_bits, (7, 1, 1), generator=generator).double()
+    found = compensate(w, s_out, zero_point, x.T @ x, n_bits)
+    assert torch.equal(found, compensate_slowly(w, s_out, zero_point, x, n_bits))
+    assert not torch.equal(found, nearest_codes(w, s_out[:, 0], zero_point[:, 0], n_bits))
+
+
+@pytest.mark.parametrize("n", [1, 5, 200])
+def test_matched_weights_equal_least_squares(n):
+    x = correlated(n, 12)
+    x_float = x + correlated(n, 12, seed=1) / 10
+    w = torch.randn(7, 12, dtype=torch.float64)
+    found = match_outputs(w, x.T @ x, x_float.T @ x)
+
+    # damping asks for w itself on inputs of its size
+    rows = with_damping(x)
+    targets = torch.cat([x_float, rows[n:]]) @ w.T
+    torch.testing.assert_close(found, torch.linalg.lstsq(rows, targets).solution.T)
+
+
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_inputs_without_correlation_are_rounded_plainly(n_bits):
+    w = torch.randn(2, 6, 5, 9, dtype=torch.float64)
+    eye = torch.eye(45, dtype=torch.float64).expand(2, 45, 45)
+    found = gptq(w, n_bits, Moments(eye, eye))
+    for mine, plain in zip(found, rowcol(w, n_bits)):
+        torch.testing.assert_close(mine, plain)
+
+
+def test_inputs_that_are_never_seen_are_rounded_plainly():
+    x = correlated(50, 12).float()
+    x[:, [2, 7]] = 0
+    w = torch.randn(1, 6, 12, 1)
+    h = (x.T @ x)[None]
+    found = gptq(w, 4, Moments(h, h))
+    plain = rowcol(w, 4)
+    torch.testing.assert_close(found.codes[:, :, [2, 7]], plain.codes[:, :, [2, 7]])
+    assert not torch.equal(found.codes, plain.codes)
+
+
+def test_a_layer_that_sees_only_zeros_is_rounded_plainly():
+    w = torch.randn(1, 6, 12, 1)
+    found = gptq(w, 4, Moments(torch.zeros(1, 12, 12), torch.zeros(1, 12, 12)))
+    torch.testing.assert_close(found.codes, rowcol(w, 4).codes)
+
+
+LAYERS = {  # a layer, and the shape of what it is given
+    "linear": (partial(nn.Linear, 6, 8), (5, 6)),
+    "tokens": (partial(nn.Linear, 6, 8), (5, 7, 6)),
+    "a vector": (partial(nn.Linear, 6, 8), (6,)),
+    "conv": (partial(nn.Conv2d, 6, 8, 3), (5, 6, 7, 7)),
+    "an image": (partial(nn.Conv2d, 6, 8, 3, padding=1), (6, 7, 7)),
+    "stride, padding, dilation": (
+        partial(nn.Conv2d, 6, 8, 3, stride=2, padding=(2, 1), dilation=(1, 2)),
+        (5, 6, 9, 8),
+    ),
+    "groups": (
+        partial(nn.Conv2d, 6, 8, (3, 2), groups=2, padding="same", dilation=(1, 2)),
+        (5, 6, 7, 7),
+    ),
+    "each channel a group": (
+        partial(nn.Conv2d, 6, 6, 3, groups=6, padding="valid"),
+        (5, 6, 7, 7),
+    ),
+}
+
+
+def make_layer(name):
+    """A layer of LAYERS with weights that are always the same, and the shape of its input."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    return make(), shape
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_give_the_squares_of_the_outputs(name):
+    """w h w^T is the sum of the squares of the outputs w x, whatever the layer; cross likewise."""
+    layer, shape = make_layer(name)
+    layer = layer.double()
+    layer.bias = None
+    x = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]  # two batches
+    x_float = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    seen = moments(layer, x, x_float)
+
+    groups = getattr(layer, "groups", 1)
+    w = layer.weight.detach().view(groups, len(layer.weight) // groups, -1)  # (G, O, J)
+    channel = 1 if len(shape) == 4 else 0 if name == "an image" else -1
+    squares = products = 0
+    with torch.no_grad():
+        for one, other in zip(x, x_float):
+            y = torch.atleast_2d(layer(one)).movedim(channel, 0).flatten(1)  # (G * O, positions)
+            y_float = torch.atleast_2d(layer(other)).movedim(channel, 0).flatten(1)
+            squares = squares + y @ y.T
+            products = products + y_float @ y.T
+    for g in range(groups):
+        rows = slice(g * w.shape[1], (g + 1) * w.shape[1])
+        torch.testing.assert_close(w[g] @ seen.h[g] @ w[g].T, squares[rows, rows])
+        torch.testing.assert_close(w[g] @ seen.cross[g] @ w[g].T, products[rows, rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Two layers, one of them called twice, and what a calibration must leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x, t=None):
+        x = self.first(x)
+        x = self.first(self.dropout(self.norm(x)).relu())
+        return self.last(x)
+
+
+DATA = [(x.float(), torch.arange(20)) for x in correlated(60, 12).split(20)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_outputs_are_nearer_than_with_rowcol(name, n_bits):
+    layer, shape = make_layer(name)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, *shape, generator=generator)
+    x = x.cumsum(-1) + x[:, :1]  # neighbors are alike
+    error = {}
+    for calibration in ("rowcol", "gptq"):
+        model = nn.Sequential(copy.deepcopy(layer))
+        data = [(batch,) for batch in x]
+        quantize(model, n_bits, calibration=calibration, keep8=[], data=data)
+        error[calibration] = sum((model(batch) - layer(batch)).square().sum() for batch in x)
+    assert error["gptq"] < error["rowcol"]
+
+
+def test_a_layer_is_given_what_reaches_it_in_the_quantized_and_in_the_float_network(monkeypatch):
+    given = []
+
+    def note(layer, x, x_float):
+        given.append((layer, x, x_float))
+        return moments(layer, x, x_float)
+
+    monkeypatch.setattr(quant, "moments", note)
+    model = Net().eval()
+    before = copy.deepcopy(model)
+    quantize(model, 2, 2, calibration="gptq", data=DATA)
+
+    seen = {}
+
+    def keep(layer, args):
+        seen.setdefault(layer, []).append(args[0])
+
+    for network in (model, before):
+        for layer in (network.first, network.last):
+            layer.register_forward_pre_hook(keep)
+        with torch.no_grad():
+            for batch in DATA:
+                network(*batch)
+
+    (_, x, x_float), (_, last_x, last_x_float) = given
+    torch.testing.assert_close(x_float, seen[before.first])  # both calls of every batch
+    torch.testing.assert_close(x[0], DATA[0][0])
+    torch.testing.assert_close(last_x, seen[model.last])
+    torch.testing.assert_close(last_x_float, seen[before.last])
+    assert not torch.equal(last_x[0], last_x_float[0])
+
+
+def test_the_state_of_the_model_is_left_alone():
+    model = Net()
+    model.norm.eval()
+    before = copy.deepcopy(model.norm.state_dict())
+    quantize(model, calibration="gptq", data=DATA)
+    torch.testing.assert_close(model.norm.state_dict(), before)
+    assert model.training and model.first.training and model.dropout.training
+    assert not model.norm.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.quant_config["calibration"] == "gptq"
+
+
+def test_dropout_is_off():
+    codes = []
+    for _ in range(2):
+        torch.manual_seed(len(codes))
+        model = quantize(copy.deepcopy(NET), calibration="gptq", data=DATA)
+        codes.append(model.last.codes)
+    assert torch.equal(*codes)
+
+
+NET = Net()
+
+
+def test_batches_may_be_dicts_and_any_iterable():
+    as_dicts = ({"t": t, "x": x} for x, t in DATA)
+    one = quantize(copy.deepcopy(NET), calibration="gptq", data=as_dicts)
+    other = quantize(copy.deepcopy(NET), calibration="gptq", data=iter(DATA))
+    assert torch.equal(one.first.codes, other.first.codes)
+
+
+def test_several_buckets_start_from_the_same_integers():
+    one = quantize(copy.deepcopy(NET), num_buckets=1, calibration="gptq", data=DATA)
+    four = quantize(copy.deepcopy(NET), num_buckets=4, calibration="gptq", data=DATA)
+    assert torch.equal(one.last.codes, four.last.codes)
+    four(*DATA[0]).sum().backward()
+    assert deltas(four)["last.d_out_0"].grad is not None
+    with pytest.raises(RuntimeError, match="timesteps"):
+        four.last(DATA[0][0])
+
+
+class Unused(Net):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def nan_data():
+    return [(torch.full((20, 12), float("nan")), None)]
+
+
+@pytest.mark.parametrize(
+    "make, data, sentence",
+    [
+        (Net, None, "gptq needs data"),
+        (Net, [], "gptq needs data"),
+        (Unused, DATA, "never reaches layer 'unused'.*keep_float"),
+        (Net, nan_data(), "layer 'first' .*finite"),
+        (Net, [(torch.zeros(2, 3),)], "shapes cannot be multiplied"),
+    ],
+)
+def test_an_error_leaves_the_model_as_it_was(make, data, sentence):
+    model = make()
+    before = dict(model.named_modules())
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        quantize(model, calibration="gptq", data=data)
+    after = dict(model.named_modules())
+    assert all(before[name] is after[name] for name in before)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model = copy.deepcopy(NET).to(dtype)
+    data = [(x.to(dtype), t) for x, t in DATA]
+    quantize(model, calibration="gptq", data=data)
+    assert model(*data[0]).isfinite().all()
+
+
+def test_autocast_around_quantize_changes_no_moments():
+    one = nn.Sequential(nn.Linear(12, 4))
+    other = copy.deepcopy(one)
+    quantize(one, calibration="gptq", data=[DATA[0][:1]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantize(other, calibration="gptq", data=[DATA[0][:1]])
+    assert torch.equal(one[0].codes, other[0].codes)
+
+
+# --------------------------------------------------------------------------------------------------
+# The base
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_base_predicts_better_than_with_rowcol():
+    data = calibration_data(n=16)
+    x, t, words = data[0]
+    float_model = load_model(BASE)
+    error = {}
+    for calibration in ("rowcol", "gptq"):
+        model = quantize(load_model(BASE), 3, calibration=calibration, data=data)
+        with torch.no_grad():
+            error[calibration] = (model(x, t, words) - float_model(x, t, words)).square().mean()
+    assert error["gptq"] < 0.5 * error["rowcol"]
+
+
+def test_calibration_data_is_the_same_every_time_and_covers_all_timesteps():
+    one = calibration_data()
+    other = calibration_data()
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    t = torch.cat([batch[1] for batch in one])
+    assert len(t) == 96
+    assert torch.equal(t // 125, torch.arange(8).repeat_interleave(12))
