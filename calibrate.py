@@ -163,13 +163,19 @@ class Moments(NamedTuple):
 def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
     """The grid of rowcol, with codes for which the outputs are right (GPTQ, arXiv 2210.17323).
 
-    A small error of each weight isn't what is needed. It is a small error of the output, and the
-    inputs of a layer are correlated: the weights of some inputs can make up for the errors of
-    others. So each weight is rounded in turn, and then the weights of its row that are still to be
-    rounded move to where the output's squared error is smallest again, see compensate.
+    What should be small isn't the error of each weight, but that of the outputs: the sum of
 
-    The outputs to come near to are those of the float network. Data must come from all timesteps,
-    since what a layer sees at one timestep has other correlations than at another.
+        |w x_float - w_hat x|^2
+
+    over all that the layer sees. Its inputs are correlated, so the weights of some inputs can make
+    up for the errors of others. Each weight of a row is rounded in turn, and after each, those that
+    are still to be rounded move to where the sum is smallest again (see compensate).
+
+    The grid needn't change for that. It is fitted before, to weights that match_outputs has moved
+    already, and on the way from one rounding to the next a weight moves by about a step.
+
+    Data must come from all timesteps: the inputs of a layer have other sizes and correlations at
+    one timestep than at another.
     """
     g, o, i, k = w.shape
     targets = []
@@ -178,8 +184,8 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
     target = torch.stack(targets).view_as(w)
 
     _, zero_point, s_out, s_in = rowcol(target, n_bits)
-    # Scales of columns can go over to the inputs, W x = (W / s_in) (s_in x), and what is left is a
-    # grid for each row.
+    # W x = (W / s_in) (s_in x): with the scales of the columns on the side of the inputs, what is
+    # left is a grid for each row.
     scaled = (target / s_in).reshape(g, o, i * k)
     s_of_input = s_in.expand(g, 1, i, k).reshape(g, 1, i * k)
     h = seen.h * s_of_input * s_of_input.mT
@@ -198,16 +204,17 @@ def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
 
 
 def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: int) -> Tensor:
-    """Codes (O, J) of w (O, J), with which the squared error of the outputs is small.
+    """Codes (O, J) of w (O, J), each rounded after the weights before it have been made up for.
 
     s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
 
-    Of each row, input j's weight is rounded, and the weights of the inputs after it move by
+    When input j's weight has been rounded, with an error of w[j] - w_hat[j], the weights of the
+    inputs after it move to where least squares would put them:
 
-        -error / u[j, j] * u[j, j + 1:]         u upper triangular, u^T u = h^-1
+        w[j + 1:] -= error * u[j, j + 1:] / u[j, j]         u upper triangular, u^T u = h^-1
 
-    which is where least squares would put them. Inputs with large values come first: their errors
-    cost most, and can be made up for by all others.
+    Inputs with large values come first: their errors cost most, and all others can make up for
+    them.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     u = inverse_factor(h[order][:, order])
@@ -218,7 +225,7 @@ def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: 
     for j in range(len(w)):
         code = nearest_codes(w[j], s_out, zero_point, n_bits)  # (O,)
         error = w[j] - (code - zero_point) * s_out
-        w[j:] -= torch.outer(u[j, j:], error / u[j, j])
+        w[j + 1 :] -= torch.outer(u[j, j + 1 :], error / u[j, j])
         codes[order[j]] = code
     return codes.T
 
@@ -268,19 +275,23 @@ def count_calls(model: nn.Module, layers: list[nn.Module], batch) -> dict[nn.Mod
     return calls
 
 
-def inputs_of(layer: nn.Module, calls: int, model: nn.Module, batch) -> list[Tensor]:
-    """What reaches a layer when the model is called on a batch. The call ends after so many."""
+def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> list[Tensor]:
+    """What reaches a layer when the model is called on each batch of data.
+
+    calls: how often the model calls the layer on a batch. After so many, the rest is left out.
+    """
     inputs = []
 
     def keep(layer, args):
         inputs.append(args[0].clone())  # the model may change it in place
-        if len(inputs) == calls:
+        if len(inputs) % calls == 0:
             raise Reached
 
     hook = layer.register_forward_pre_hook(keep)
     try:
-        with contextlib.suppress(Reached):
-            call(model, batch)
+        for batch in data:
+            with contextlib.suppress(Reached):
+                call(model, batch)
     finally:
         hook.remove()
     return inputs

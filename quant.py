@@ -664,11 +664,11 @@ def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
             check_called(layers, calls)
             for layer, count in calls.items():
                 put(model, layers, {})
-                x_float = [inputs_of(layer, count, model, batch) for batch in data]
+                x_float = inputs_of(layer, count, model, data)
                 put(model, layers, made)
-                x = [inputs_of(layer, count, model, batch) for batch in data]
+                x = inputs_of(layer, count, model, data)
                 with torch.autocast(layer.weight.device.type, enabled=False):
-                    seen = moments(layer, sum(x, []), sum(x_float, []))
+                    seen = moments(layer, x, x_float)
                     check_finite(seen, layers[layer])
                     made[layer] = make(layer, partial(gptq, seen=seen))
     finally:
@@ -679,11 +679,12 @@ def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
 
 
 def check_called(layers, calls):
-    """Raise ValueError for a layer that the data never reaches."""
+    """Raise ValueError for a layer that the first batch doesn't reach."""
     for layer, names in layers.items():
         if layer not in calls:
             raise ValueError(
-                f"data never reaches layer '{names[0]}'; add some, or name it in keep_float"
+                f"the first batch of data doesn't reach layer '{names[0]}'; "
+                "give one that does, or name the layer in keep_float"
             )
 
 

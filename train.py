@@ -196,15 +196,17 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     # fmt: on
 
 
-def calibration_data(device="cpu", n=96, seed=0):
-    """Class images at n timesteps from 0 to T, for gptq: batches (x_t, t, words) of 32.
+def calibration_data(device="cpu", n=96, seed=0, low=0.0, high=1.0):
+    """What gptq calibrates with: n class images at timesteps from low * T to high * T.
 
-    The seed is not --seed. So one quantized base serves all subjects, whatever their seeds.
+    They come in batches (x_t, t, words) of 32. The seed is not --seed: one quantized base serves
+    all subjects, whatever their seeds.
     """
     diffusion = Diffusion()
     generator = torch.Generator().manual_seed(seed)
     x0, words = toy.sample_scenes(n, generator, rare=0)
     t = diffusion.draw_timesteps(n, generator)
+    t = (low * diffusion.T + (high - low) * t).long()
     eps = torch.randn(x0.shape, generator=generator)
     x_t = diffusion.q_sample(x0, t, eps)
     x_t = x_t.to(device, memory_format=torch.channels_last)

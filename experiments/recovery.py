@@ -69,6 +69,24 @@ def settings_of_scale_sets() -> list[Recovery]:
     return settings
 
 
+THIRDS = {  # of the timesteps: from, to
+    "all": (0, 1),
+    "the first third": (0, 1 / 3),
+    "the last third": (2 / 3, 1),
+}
+
+
+def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
+    """Quantize the base by gptq with data of a third of the timesteps: the loss at each third."""
+    low, high = THIRDS[third]
+    model = load_model(BASE)
+    quantize(model, bits, calibration="gptq", data=calibration_data(seed=seed, low=low, high=high))
+    found = {}
+    for name, (low, high) in THIRDS.items():
+        found[name] = validation_loss(model, low=low, high=high)
+    return found
+
+
 def prepare(setting: Recovery, seed: int):
     """The model of a setting before it is tuned, and its learning rate."""
     model = load_model(BASE)

@@ -321,11 +321,15 @@ def losses(model, x0, words, t, generator) -> Tensor:
     return torch.cat([squared_error(model, *chunk) for chunk in chunks])
 
 
-def validation_loss(model, n=1024, seed=12345) -> float:
-    """Mean squared error of v on n fixed scenes of the world, timesteps and noises."""
+def validation_loss(model, n=1024, seed=12345, low=0.0, high=1.0) -> float:
+    """Mean squared error of v on n fixed scenes of the world, timesteps and noises.
+
+    The timesteps are spread from low * T to high * T.
+    """
     generator = torch.Generator().manual_seed(seed)
     x0, words = toy.sample_scenes(n, generator)
     t = DIFFUSION.draw_timesteps(n, generator)
+    t = (low * DIFFUSION.T + (high - low) * t).long()
     return losses(model, x0, words, t, generator).mean().item()
 
 

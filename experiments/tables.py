@@ -17,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import toy
 from pretrain import score_base
-from recovery import ONE_SET, recover, settings_of_calibrations, settings_of_scale_sets
+from recovery import (
+    ONE_SET,
+    THIRDS,
+    calibrate_on,
+    recover,
+    settings_of_calibrations,
+    settings_of_scale_sets,
+)
 from report import mean_sd, print_table, write_table
 from runs import (
     ABLATIONS,
@@ -208,6 +215,7 @@ def recovery(args):
     scale_sets = settings_of_scale_sets()
     recover_all(args, calibrations + scale_sets)
     show_calibrations(args, calibrations)
+    show_thirds(args)
     show_scale_sets(args, scale_sets)
 
 
@@ -220,6 +228,24 @@ def recover_all(args, settings):
             key = {"recovery": setting.name, "seed": seed}
             if is_due(args, setting.name, key):
                 append(args.log, key, recover(setting, seed, args.less))
+
+
+def show_thirds(args):
+    """A table of the loss if gptq's data are from some timesteps only. It does what isn't done."""
+    rows = []
+    for bits in (4, 3):
+        for third in THIRDS:
+            name = f"{bits} bits, data of {third}"
+            for seed in range(args.seeds):
+                key = {"data": name, "seed": seed}
+                if is_due(args, name, key):
+                    append(args.log, key, calibrate_on(third, bits, seed))
+            runs = lines(args.log, data=name)
+            if runs:
+                means = [mean_sd([run[key] for run in runs], 5) for key in THIRDS]
+                rows.append([str(bits), third, *means, str(len(runs))])
+    columns = ["bits", "timesteps of the data", *[f"loss at {key}" for key in THIRDS], "runs"]
+    show(args, "timesteps of the data", columns, rows)
 
 
 def recoveries_of(args, setting):

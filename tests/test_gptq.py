@@ -90,6 +90,27 @@ def test_matched_weights_equal_least_squares(n):
 
 
 @pytest.mark.parametrize("n_bits", [2, 4])
+def test_gptq_is_both_on_the_grid_of_rowcol(n_bits):
+    n, i, k = 200, 4, 3
+    xs = [correlated(n, i * k, seed) for seed in (0, 1)]  # of two groups
+    xs_float = [x + correlated(n, i * k, seed=2) / 10 for x in xs]
+    w = torch.randn(2, 7, i, k, dtype=torch.float64)
+    w *= torch.rand(2, 1, i, 1, dtype=torch.float64) + 0.1  # columns differ
+    h = torch.stack([x.T @ x for x in xs])
+    cross = torch.stack([x_float.T @ x for x, x_float in zip(xs, xs_float)])
+    found = gptq(w, n_bits, Moments(h, cross))
+
+    for g in range(2):
+        target = match_outputs(w[g].flatten(1), h[g], cross[g])
+        _, zero_point, s_out, s_in = rowcol(target.view(1, 7, i, k), n_bits)
+        s_in = s_in.flatten().repeat_interleave(k)  # (J,)
+        codes = compensate_slowly(target / s_in, s_out[0], zero_point[0], xs[g] * s_in, n_bits)
+        assert torch.equal(found.codes[g].flatten(1), codes)
+        torch.testing.assert_close(found.s_out[g], s_out[0])
+        torch.testing.assert_close(found.s_in[g].flatten().repeat_interleave(k), s_in)
+
+
+@pytest.mark.parametrize("n_bits", [2, 4])
 def test_inputs_without_correlation_are_rounded_plainly(n_bits):
     w = torch.randn(2, 6, 5, 9, dtype=torch.float64)
     eye = torch.eye(45, dtype=torch.float64).expand(2, 45, 45)
@@ -241,14 +262,40 @@ def test_a_layer_is_given_what_reaches_it_in_the_quantized_and_in_the_float_netw
     assert not torch.equal(last_x[0], last_x_float[0])
 
 
+class InPlace(nn.Module):
+    """Calls a layer twice, and changes what it gave to the first call in between."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.layer(x)
+        change = torch.arange(12)
+        x = x.mul_(change) if self.in_place else x * change
+        return y + self.layer(x)
+
+
+def test_inputs_that_the_model_changes_in_place_are_as_the_layer_saw_them():
+    codes = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = quantize(InPlace(in_place), calibration="gptq", data=[DATA[0][:1]])
+        codes.append(model.layer.codes)
+    assert torch.equal(*codes)
+
+
 def test_the_state_of_the_model_is_left_alone():
     model = Net()
     model.norm.eval()
+    model.last.eval()
     before = copy.deepcopy(model.norm.state_dict())
     quantize(model, calibration="gptq", data=DATA)
     torch.testing.assert_close(model.norm.state_dict(), before)
     assert model.training and model.first.training and model.dropout.training
-    assert not model.norm.training
+    assert not model.norm.training and not model.last.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert model.quant_config["calibration"] == "gptq"
 
@@ -297,7 +344,7 @@ def nan_data():
     [
         (Net, None, "gptq needs data"),
         (Net, [], "gptq needs data"),
-        (Unused, DATA, "never reaches layer 'unused'.*keep_float"),
+        (Unused, DATA, "doesn't reach layer 'unused'.*keep_float"),
         (Net, nan_data(), "layer 'first' .*finite"),
         (Net, [(torch.zeros(2, 3),)], "shapes cannot be multiplied"),
     ],

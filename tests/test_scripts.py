@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import runtime
 import sample
 import train
 from data import toy
-from quant import deltas, quantize
+from quant import QuantLayer, deltas, quantize
 from runtime import BASE, load, load_model
 
 SHORT = ("--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu")  # a run of seconds
@@ -122,6 +123,21 @@ def test_full_precision_and_peqa_run_and_say_what_they_are(args, tmp_path, capsy
     title = "full precision" if 32 in args else "PEQA, 2 bits"
     assert title in capsys.readouterr().out
     load_model(tmp_path / "tuned.pt")
+
+
+@pytest.mark.slow
+def test_gptq_gives_one_base_for_all_subjects_and_seeds(tmp_path, monkeypatch):
+    few = partial(train.calibration_data, n=8)
+    monkeypatch.setattr(train, "calibration_data", few)
+    codes = []
+    for subject, seed in (("mo", 0), ("zed", 1)):
+        out = tmp_path / subject
+        flags = ["--subject", subject, "--seed", seed, "--calibration", "gptq", "--out", out]
+        assert run(train, *SHORTEST, *flags) == 0
+        model = load_model(out / "tuned.pt")
+        assert model.quant_config["calibration"] == "gptq"
+        codes.append(torch.cat([m.codes for m in model.modules() if isinstance(m, QuantLayer)]))
+    assert torch.equal(*codes)
 
 
 @pytest.mark.slow
