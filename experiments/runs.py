@@ -118,22 +118,16 @@ ABLATIONS = by_name(
     ]
 )
 
-TUNING = by_name(
+TUNING = by_name(  # on the subjects that no other table reports
     [
-        Row(
-            f"{calibration}{change.replace(' --', ', ')}",
-            flags=f"--calibration {calibration}{change}",
-        )
-        for calibration, change in (
-            ("rowcol", ""),
-            ("gptq", ""),
-            ("gptq", " --lr 0.02"),
-            ("gptq", " --prior 0.5"),
-            ("gptq", " --prior 1"),
-            ("gptq", " --steps 700"),
-            ("gptq", " --lr 0.02 --prior 0.5"),
-            ("gptq", " --lr 0.015"),
-        )
+        Row("rowcol", flags="--calibration rowcol"),
+        Row("gptq", flags="--calibration gptq"),
+        Row("gptq, lr 0.02", flags="--calibration gptq --lr 0.02"),
+        Row("gptq, prior 0.5", flags="--calibration gptq --prior 0.5"),
+        Row("gptq, prior 1", flags="--calibration gptq --prior 1"),
+        Row("gptq, steps 700", flags="--calibration gptq --steps 700"),
+        Row("gptq, lr 0.02, prior 0.5", flags="--calibration gptq --lr 0.02 --prior 0.5"),
+        Row("gptq, lr 0.015", flags="--calibration gptq --lr 0.015"),
     ]
 )
 
