@@ -900,12 +900,13 @@ def canonical(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
     """SHA-256 over the base: all parameters but deltas, and the integers and scales of each layer.
 
-    Other buffers may change in training, such as the running statistics of BatchNorm.
+    also: names of other parameters to leave out, because they are trained, too. Buffers may change
+    in training, such as the running statistics of BatchNorm.
     """
-    trained = deltas(model)
+    trained = {*deltas(model), *also}
     values = {canonical(name): value for name, value in model.named_parameters()}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -921,27 +922,31 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def adapter(model: nn.Module) -> dict:
+def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
     """All that fine-tuning has made, ready for torch.save: kilobytes.
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
-    concatenated, as float16. Raises ValueError if a delta isn't finite there.
+    concatenated, as float16. also: names of other parameters that were trained and go with
+    them, as float16. Raises ValueError if one of all these numbers isn't finite there.
     """
     values = [delta.detach() for delta in deltas(model).values()]
     values = torch.cat(values).half().cpu()
-    if not values.isfinite().all():
-        raise ValueError(
-            "a delta isn't finite in float16: the training has diverged, lower its rate"
-        )
+    others = {name: model.get_parameter(name).detach().half().cpu() for name in also}
+    for trained in (values, *others.values()):
+        if not trained.isfinite().all():
+            raise ValueError(
+                "a delta isn't finite in float16: the training has diverged, lower its rate"
+            )
     return {
         "quant_config": model.quant_config,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint(model, also),
         "deltas": values,
+        "also": others,
     }
 
 
 def load_adapter(model: nn.Module, saved: dict) -> None:
-    """Put the deltas of an adapter into model.
+    """Put the deltas of an adapter into model, and what else was trained.
 
     Raises ValueError if it was made for another quantized base. The model then stays as it was.
     """
@@ -951,6 +956,8 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
     with torch.no_grad():
         for delta, value in zip(mine, saved["deltas"].split(sizes)):
             delta.copy_(value)
+        for name, value in saved.get("also", {}).items():
+            model.get_parameter(name).copy_(value)
 
 
 def check_adapter(model: nn.Module, saved: dict) -> None:
@@ -964,14 +971,28 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
         if config.get(key) != mine:
             theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
             raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
-    if saved.get("fingerprint") != fingerprint(model):
+    also = saved.get("also", {})
+    parameters = dict(model.named_parameters())
+    if not isinstance(also, dict) or not also.keys() <= parameters.keys():
+        raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
+    if saved.get("fingerprint") != fingerprint(model, also):
         raise ValueError(f"{other}, of other weights or another dtype; {give}")
 
-    values = saved.get("deltas")
     count = sum(delta.numel() for delta in deltas(model).values())
-    plain = torch.is_tensor(values) and values.layout == torch.strided and not values.is_complex()
-    if not plain or values.shape != (count,) or not values.isfinite().all():
+    if not is_finite_tensor(saved.get("deltas"), (count,)):
         raise ValueError(f"the adapter is damaged: its deltas aren't {count} finite numbers")
+    for name, value in also.items():
+        if not is_finite_tensor(value, parameters[name].shape):
+            raise ValueError(
+                f"the adapter is damaged: its {name} isn't finite, or of another shape"
+            )
+
+
+def is_finite_tensor(value, shape) -> bool:
+    """True if value, read from a file, is a plain tensor of finite real numbers of this shape."""
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.is_complex():
+        return False
+    return value.shape == torch.Size(shape) and bool(value.isfinite().all())
 
 
 def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:

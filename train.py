@@ -58,6 +58,8 @@ PROMPTS = (  # no instance image of a shipped subject shows one of these
     "sks creature and yellow square on blue stripes",
 )
 IMAGES_PER_PROMPT = 5  # that are scored
+TRAINED_WORDS = ("words.weight",)  # what --train-words trains
+WORDS_LR = 0.01  # its learning rate
 
 
 def arguments(argv=None):
@@ -104,6 +106,8 @@ def arguments(argv=None):
     run.add_argument("--base", type=filled_path, default=BASE, help=base_help)
     parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
     parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
+    words_help = "train the embedding of the subject's word, too"
+    run.add_argument("--train-words", action="store_true", help=words_help)
     checkpoint_help = "keep a quarter of the activations; steps take a third longer"
     run.add_argument("--checkpoint", action="store_true", help=checkpoint_help)
 
@@ -121,15 +125,34 @@ def arguments(argv=None):
 
 def refuse_quantizer_flags(parser, argv):
     """End with a sentence if flags of the quantizer are given."""
-    given = parser.given(argv, ("scales", "buckets", "calibration"))
+    given = parser.given(argv, ("scales", "buckets", "calibration", "train_words"))
     if given:
-        flags = " and ".join(f"--{name}" for name in given)
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
 
 
-def learning_rate(args, step):
-    """Linear decay to zero, with a warm-up of 20 steps."""
-    return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
+def schedule(args, step):
+    """What a learning rate is multiplied by: a warm-up of 20 steps, then linear decay to zero."""
+    return min(1, (step + 1) / 20) * (1 - step / args.steps)
+
+
+def train_words(model, captions):
+    """Let the embeddings of the rare words in captions (M, L) be trained, and of no others."""
+    weight = model.words.weight.requires_grad_()
+    rare = range(toy.FIRST_RARE, toy.FIRST_RARE + len(toy.RARE))
+    is_trained = torch.zeros(len(weight), 1, device=weight.device)
+    for word in rare:
+        is_trained[word] = (captions == word).any()
+    weight.register_hook(lambda grad: grad * is_trained)  # Adam leaves the others where they are
+
+
+def make_optimizer(model, trained, args):
+    """Adam for the parameters trained, {name: parameter}; "peak" is a group's learning rate."""
+    words = TRAINED_WORDS if args.train_words else ()
+    groups = [{"params": [p for name, p in trained.items() if name not in words], "peak": args.lr}]
+    for name in words:
+        groups.append({"params": [trained[name]], "peak": WORDS_LR})
+    return torch.optim.Adam(groups, fused=True)
 
 
 def finetune(model, args, instance, captions, state=None, inputs=None):
@@ -145,8 +168,10 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     """
     diffusion = Diffusion()
     generator = torch.Generator().manual_seed(args.seed)
+    if args.train_words:
+        train_words(model, captions)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
+    optimizer = make_optimizer(model, trained, args)
     first = 0
     if state is not None:
         check_state(state, args, optimizer, trained=trained)
@@ -177,7 +202,8 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     loop = Loop("fine-tuning", args, first, shown, trained.values(), save_state)
     # fmt: off
     for step in loop:
-        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(args, step)
 
         # B instance images, then B class images
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
@@ -302,7 +328,8 @@ def main():
     if RANK > 0:
         return
     if args.bits < 32:
-        tuned = {"kind": "adapter", **adapter(model)}
+        also = TRAINED_WORDS if args.train_words else ()
+        tuned = {"kind": "adapter", **adapter(model, also)}
         load_adapter(model, tuned)  # rounds the deltas to float16, as they are saved
 
     # sample and score; if the training has diverged, this fails, and no older file is replaced
@@ -325,7 +352,7 @@ def main():
             "buckets": args.buckets,
             "base bytes": f"{base_bytes(model, header):,}",
             "subject bytes": f"{subject_file.stat().st_size:,}",
-            "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+            "trained": f"{count_trained(model, args):,}",
             **compare(scores_before, scores_after),
         }
     )
@@ -388,6 +415,14 @@ def base_bytes(model, header):
     mine = deltas(model)
     base = {name: value for name, value in model.state_dict().items() if name not in mine}
     return file_size({**header, "model": base})
+
+
+def count_trained(model, args, subjects=1):
+    """How many numbers are trained: of the embedding, those of the subjects' words alone."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if args.train_words:
+        count += subjects * model.words.embedding_dim - model.words.weight.numel()
+    return count
 
 
 def compare(before, after):

@@ -239,20 +239,21 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
     rest = {name: value for name, value in model.state_dict().items() if name not in trained}
     return {
-        "trained": sum(p.numel() for p in trained.values()),
-        "bytes": subject_bytes(model, trained),
+        "trained": train.count_trained(model, run, len(folders)) if trained else 0,
+        "bytes": subject_bytes(model, trained, run),
         **measure(model, parts, run),
         "world loss": validation_loss(model),
         "base bytes": file_size(rest),
     }
 
 
-def subject_bytes(model, trained: dict) -> int:
+def subject_bytes(model, trained: dict, run) -> int:
     """Bytes of the file of what was trained: an adapter if that is scales, else the parameters."""
     if not trained:
         return 0
-    if trained.keys() == deltas(model).keys():
-        return file_size({"kind": "adapter", **adapter(model)})
+    also = train.TRAINED_WORDS if run.train_words else ()
+    if trained.keys() == {*deltas(model), *also}:
+        return file_size({"kind": "adapter", **adapter(model, also)})
     return file_size(trained)
 
 

@@ -1,0 +1,150 @@
+"""--train-words: the embedding of a subject's word trains with the scales, and travels along."""
+
+import pytest
+import torch
+from conftest import run
+
+import runtime
+import sample
+import train
+from data import toy
+from quant import adapter, deltas, load_adapter, quantize
+from runtime import BASE, load, load_model, save
+
+FLAGS = ("--calibration", "minmax", "--sample-steps", 1, "--batch", 2, "--device", "cpu")
+
+
+def words_of(model):
+    return model.words.weight.detach().clone()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The folder of a run of three steps."""
+    folder = tmp_path_factory.mktemp("words") / "out"
+    assert run(train, "--train-words", *FLAGS, "--steps", 3, "--out", folder) == 0
+    return folder
+
+
+def test_the_subjects_word_moves_and_no_other(tuned):
+    before = words_of(load_model(BASE))
+    after = words_of(load_model(tuned / "tuned.pt"))
+    sks = toy.WORD["sks"]
+    assert (after[sks] != before[sks]).all()
+    after[sks] = before[sks]
+    assert torch.equal(after, before)
+
+
+def test_off_by_default(tmp_path):
+    assert run(train, *FLAGS, "--steps", 1, "--out", tmp_path) == 0
+    before = words_of(load_model(BASE))
+    assert torch.equal(words_of(load_model(tmp_path / "tuned.pt")), before)
+    assert load(tmp_path / "adapter.pt", "adapter")["also"] == {}
+
+
+def test_several_words_are_trained_if_the_captions_have_them():
+    model = quantize(load_model(BASE), calibration="minmax")
+    captions = torch.tensor([toy.caption("sks creature"), toy.caption("qvk creature")])
+    train.train_words(model, captions)
+    model.words(torch.arange(len(toy.VOCAB))).square().sum().backward()
+    moved = model.words.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert moved == [toy.WORD["sks"], toy.WORD["qvk"]]
+
+
+def test_the_word_has_the_rate_of_its_own(tuned):
+    groups = load(tuned / "state.pt", "fine-tuning")["optimizer"]["param_groups"]
+    assert [group["peak"] for group in groups] == [0.03, train.WORDS_LR]
+    assert groups[0]["lr"] / groups[1]["lr"] == pytest.approx(0.03 / train.WORDS_LR)
+
+
+def test_an_adapter_carries_the_word_to_the_base(tuned):
+    model = quantize(load_model(BASE), calibration="minmax")
+    load_adapter(model, load(tuned / "adapter.pt", "adapter"))
+    other = load_model(tuned / "tuned.pt")
+    x = torch.randn(2, 3, 16, 16)
+    t = torch.tensor([10, 900])
+    words = torch.tensor([toy.caption("sks creature")] * 2)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, words), other(x, t, words))
+
+
+def test_sample_takes_it(tuned, tmp_path):
+    base = tmp_path / "base.pt"
+    model = quantize(load_model(BASE), calibration="minmax")
+    header = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
+    save({**header, "model": model.state_dict()}, base)
+    flags = ["--ckpt", base, "--n", 1, "--steps", 1, "--prompt", "sks creature"]
+    flags += ["--adapter", tuned / "adapter.pt", "--out", tmp_path / "a.png"]
+    assert run(sample, *flags) == 0
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tuned, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(state, path, *args):
+        save(state, path, *args)
+        if state["step"] == 1:
+            raise Stop
+
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "save", stop)
+    flags = ["--train-words", *FLAGS, "--steps", 3, "--out", tmp_path]
+    with pytest.raises(Stop):
+        run(train, *flags)
+    monkeypatch.setattr(train, "save", save)
+    assert run(train, *flags, "--resume") == 0
+    assert (tmp_path / "adapter.pt").read_bytes() == (tuned / "adapter.pt").read_bytes()
+
+
+def make():
+    torch.manual_seed(0)
+    return quantize(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
+
+
+NORM = ["1.weight", "1.bias"]
+
+
+def test_any_parameter_may_travel():
+    model = make()
+    with torch.no_grad():
+        model[1].weight.fill_(1.5)
+        model[1].bias.fill_(-0.25)
+        deltas(model)["0.d_out_0"].fill_(0.125)
+    saved = adapter(model, NORM)
+    other = make()
+    load_adapter(other, saved)
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), model(x))
+
+    with pytest.raises(ValueError, match="other weights"):
+        load_adapter(make(), adapter(model))  # made for a base with other norms
+
+
+@pytest.mark.parametrize(
+    "also, sentence",
+    [
+        ({"1.weight": torch.full((4,), torch.nan)}, "1.weight"),
+        ({"1.weight": torch.zeros(1)}, "1.weight"),
+        ({"1.weight": None}, "1.weight"),
+        ({"2.weight": torch.zeros(4)}, "another base"),
+        ({}, "other weights"),
+        (None, "another base"),
+        ([], "another base"),
+    ],
+)
+def test_what_doesnt_fit_is_refused_and_changes_nothing(also, sentence):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = adapter(model, ["1.weight"])
+    saved["deltas"] = saved["deltas"] + 1
+    saved["also"] = also
+    with pytest.raises(ValueError, match=sentence):
+        load_adapter(model, saved)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_full_precision_refuses_the_flag(tmp_path, capsys):
+    assert run(train, "--bits", 32, "--train-words", "--out", tmp_path / "out") == 2
+    assert "--train-words" in capsys.readouterr().err
