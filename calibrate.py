@@ -1,4 +1,4 @@
-"""Where quantization starts: four ways to find the integers and the scales of a weight.
+"""Calibration: four ways to find the integers and the scales that replace a weight.
 
 A grid has a step size s_out and a zero point for each row (output channel), and a scale s_in for
 each column (input channel). The weight is replaced by
@@ -8,14 +8,15 @@ each column (input channel). The weight is replaced by
     minmax    the grid of each row reaches from its smallest to its largest weight; s_in is 1
     mse       the range of each row is shrunk until the squared error is smallest; s_in is 1
     rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
-    gptq      the grid of rowcol, with codes for which the layer's outputs are right on given data
+    gptq      a grid as by rowcol, with codes that keep the layer's outputs on given data right
 
 Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K positions of the kernel
-(1 for a linear layer). A calibration takes (w, n_bits) and returns a Grid of w's dtype. The first
-three need no data. gptq takes what the layer sees, too: its Moments.
+(1 for a linear layer), which share the scale of their column. A calibration takes (w, n_bits) and
+returns a Grid of w's dtype. gptq also takes what the layer sees: its Moments.
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
     codes: Tensor  # (G, O, I, K), whole numbers in 0 .. 2^n_bits - 1
     zero_point: Tensor  # (G, O, 1, 1), the code of a weight of 0, in the same range
     s_out: Tensor  # (G, O, 1, 1), greater than 0
-    s_in: Tensor  # (G, 1, I, 1)
+    s_in: Tensor  # (G, 1, I, 1), greater than 0
 
     def weight(self) -> Tensor:
         """The float weight: (G, O, I, K)."""
@@ -150,10 +151,10 @@ def least_squares_scale(w: Tensor, a: Tensor, old: Tensor, dims: tuple[int, int]
 
 
 class Moments(NamedTuple):
-    """What a layer sees, summed over samples and positions. A group has J = I * K inputs.
+    """Sums over all samples and positions of a layer's inputs. A group has J = I * K inputs.
 
-    x is what reaches the layer in the network that is quantized up to here, x_float the same in the
-    float network. Of J = 11,520 inputs, each of the two takes 531 MB as float32.
+    x is what reaches the layer when all layers before it are quantized, x_float what reaches it in
+    the float network. With J = 11,520, h and cross take 531 MB each in float32.
     """
 
     h: Tensor  # (G, J, J), the sum of x x^T
@@ -161,60 +162,62 @@ class Moments(NamedTuple):
 
 
 def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
-    """The grid of rowcol, with codes for which the outputs are right (GPTQ, arXiv 2210.17323).
+    """A grid as by rowcol, with codes that keep the outputs right (GPTQ, arXiv 2210.17323).
 
-    What should be small isn't the error of each weight, but that of the outputs: the sum of
+    What should be small is the error of the outputs, not of each weight: with w_hat, the quantized
+    weight, the sum of
 
         |w x_float - w_hat x|^2
 
-    over all that the layer sees. Its inputs are correlated, so the weights of some inputs can make
-    up for the errors of others. Each weight of a row is rounded in turn, and after each, those that
-    are still to be rounded move to where the sum is smallest again (see compensate).
+    over all that the layer sees. The inputs of a layer are correlated, so the weights of some can
+    make up for the errors of others. First match_outputs finds the float weights v for which the
+    sum is smallest. With them it is a constant plus the sum of |(v - w_hat) x|^2, so v is what is
+    rounded, and h is all that is needed of the data. Each weight of a row is rounded in turn. After
+    each, those that are still to be rounded move to where the sum is smallest again (compensate).
 
-    The grid needn't change for that. It is fitted before, to weights that match_outputs has moved
-    already, and on the way from one rounding to the next a weight moves by about a step.
+    The grid is fitted to v, before the rounding starts, and stays. Weights that move beyond its
+    ends are clamped, and those after them make up for that, too.
 
-    Data must come from all timesteps: the inputs of a layer have other sizes and correlations at
-    one timestep than at another.
+    Data must come from all timesteps, because the sizes and correlations of the inputs depend on
+    the timestep.
     """
     g, o, i, k = w.shape
-    targets = []
-    for of_group, h, cross in zip(w.reshape(g, o, i * k), *seen):
-        targets.append(match_outputs(of_group, h, cross))
-    target = torch.stack(targets).view_as(w)
+    moved = []
+    for w_group, h, cross in zip(w.reshape(g, o, i * k), *seen):
+        moved.append(match_outputs(w_group, h, cross))
+    v = torch.stack(moved).view_as(w)
 
-    _, zero_point, s_out, s_in = rowcol(target, n_bits)
-    # W x = (W / s_in) (s_in x): with the scales of the columns on the side of the inputs, what is
-    # left is a grid for each row.
-    scaled = (target / s_in).reshape(g, o, i * k)
+    _, zero_point, s_out, s_in = rowcol(v, n_bits)
+    # W x = (W / s_in) (s_in x): multiply the inputs by s_in instead of the weights. Then the grid
+    # has a scale for each row only.
+    v = (v / s_in).reshape(g, o, i * k)
     s_of_input = s_in.expand(g, 1, i, k).reshape(g, 1, i * k)
     h = seen.h * s_of_input * s_of_input.mT
-    codes = [compensate(*of_group, n_bits) for of_group in zip(scaled, s_out, zero_point, h)]
+    codes = [compensate(*group, n_bits) for group in zip(v, s_out, zero_point, h)]
     return Grid(torch.stack(codes).view_as(w), zero_point, s_out, s_in)
 
 
 def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
-    """The weights (O, J) whose outputs on x come nearest to those of w (O, J) on x_float.
+    """The weights v (O, J) whose outputs on x come nearest to those of w (O, J) on x_float.
 
-    They minimize the sum of |w x_float - v x|^2, so v = w cross h^-1. Damping keeps v near w for
-    inputs that were hardly seen.
+    They minimize the sum of |w x_float - v x|^2, so v = w cross h^-1 = w + w (cross - h) h^-1.
+    Damping adds a penalty on |w - v|^2, which keeps v near w for inputs that are nearly always 0.
     """
-    damping = DAMPING * average(h) * torch.eye(len(h), dtype=h.dtype, device=h.device)
-    return torch.linalg.solve(h + damping, w @ (cross + damping), left=False)
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    damped = h + DAMPING * average(h) * eye
+    return w + torch.linalg.solve(damped, w @ (cross - h), left=False)
 
 
 def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: int) -> Tensor:
-    """Codes (O, J) of w (O, J), each rounded after the weights before it have been made up for.
+    """Round w (O, J) to codes (O, J), input by input, and correct the other weights after each.
 
     s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
 
-    When input j's weight has been rounded, with an error of w[j] - w_hat[j], the weights of the
-    inputs after it move to where least squares would put them:
+    Inputs with large values come first: their errors cost most, and all others can make up for
+    them. Let j be the input whose weight has been rounded, in this order, and error = w[j] -
+    w_hat[j]. Least squares then moves the weights of the inputs after it:
 
         w[j + 1:] -= error * u[j, j + 1:] / u[j, j]         u upper triangular, u^T u = h^-1
-
-    Inputs with large values come first: their errors cost most, and all others can make up for
-    them.
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     u = inverse_factor(h[order][:, order])
@@ -223,18 +226,18 @@ def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: 
     zero_point = zero_point.flatten()
     codes = torch.empty_like(w)
     for j in range(len(w)):
-        code = nearest_codes(w[j], s_out, zero_point, n_bits)  # (O,)
-        error = w[j] - (code - zero_point) * s_out
+        codes[j] = nearest_codes(w[j], s_out, zero_point, n_bits)  # (O,)
+        error = w[j] - (codes[j] - zero_point) * s_out
         w[j + 1 :] -= torch.outer(u[j, j + 1 :], error / u[j, j])
-        codes[order[j]] = code
-    return codes.T
+    return codes[order.argsort()].T
 
 
 def inverse_factor(h: Tensor) -> Tensor:
-    """The upper triangular u (J, J) with u^T u = (h + damping)^-1, for h of any size.
+    """The upper triangular u (J, J) with u^T u = (h + damping)^-1, up to a factor.
 
     If h + damping = r r^T with r upper triangular, then u = r^-1. Cholesky's factor is a lower
-    triangular one, and that of the flipped matrix, flipped, is r.
+    triangular one, and that of the flipped matrix, flipped, is r. h is divided by its average
+    first, so that it may be of any size; compensate needs only ratios of u.
     """
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     h = h / average(h) + DAMPING * eye
@@ -243,11 +246,11 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 
 def average(h: Tensor) -> Tensor:
-    """The mean of x^2 over the inputs, times the number of samples and positions; never 0."""
+    """The mean of the diagonal of h: what an input has on average. At least 1e-30."""
     return h.diagonal().mean().clamp(min=1e-30)
 
 
-DAMPING = 0.01  # of the average; inputs that were never seen count as if they had this much
+DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,12 +258,15 @@ DAMPING = 0.01  # of the average; inputs that were never seen count as if they h
 # --------------------------------------------------------------------------------------------------
 
 
-class Reached(BaseException):
-    """Ends a call of a model early. No Exception, which the model might catch."""
+class Reached(Exception):
+    """Ends a call of a model early. It may be caught there: what the call returns isn't used."""
 
 
-def count_calls(model: nn.Module, layers: list[nn.Module], batch) -> dict[nn.Module, int]:
-    """How often the model calls each of layers on a batch, in the order of their first calls."""
+def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
+    """How often the model calls each of layers on a batch, in the order of their first calls.
+
+    Layers that aren't called are left out.
+    """
     calls = {}
 
     def count(layer, args):
@@ -278,46 +284,66 @@ def count_calls(model: nn.Module, layers: list[nn.Module], batch) -> dict[nn.Mod
 def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> list[Tensor]:
     """What reaches a layer when the model is called on each batch of data.
 
-    calls: how often the model calls the layer on a batch. After so many, the rest is left out.
+    calls: how often the model calls the layer on a batch. After the last of them it is stopped.
     """
     inputs = []
 
-    def keep(layer, args):
-        inputs.append(args[0].clone())  # the model may change it in place
-        if len(inputs) % calls == 0:
+    def keep(layer, args, kwargs):
+        x = args[0] if args else kwargs["input"]
+        inputs.append(x.detach().clone())  # the model may change it in place
+        if len(inputs) - before >= calls:
             raise Reached
 
-    hook = layer.register_forward_pre_hook(keep)
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        for batch in data:
+        for seed, batch in enumerate(data):
+            before = len(inputs)
             with contextlib.suppress(Reached):
-                call(model, batch)
+                call(model, batch, seed)
     finally:
         hook.remove()
     return inputs
 
 
-def call(model: nn.Module, batch):
-    """model(*batch), or model(**batch) if the batch is a dict."""
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch)
+def call(model: nn.Module, batch, seed: int = 0) -> None:
+    """model(*batch), or model(**batch) if the batch is a dict.
+
+    The model gets a copy of the batch, which it may change. Its random numbers are the same each
+    time: the float and the quantized network must see the same data.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        if isinstance(batch, Mapping):
+            model(**copy_of(batch))
+        else:
+            model(*copy_of(batch))
+
+
+def copy_of(value):
+    """value with a copy of each of its tensors, in tuples, lists and dicts."""
+    if torch.is_tensor(value):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: copy_of(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [copy_of(item) for item in value]
+    return value
 
 
 def moments(layer: nn.Module, inputs: list[Tensor], float_inputs: list[Tensor]) -> Moments:
-    """The Moments of a Conv2d or Linear whose inputs are these, in batches."""
+    """The Moments of a Conv2d or Linear, from its inputs in the quantized and the float network."""
     h = 0
     cross = 0
-    for x, x_float in zip(inputs, float_inputs):
-        x = columns(layer, x)  # (G, samples and positions, J)
-        x_float = columns(layer, x_float)
+    for x, x_float in zip(inputs, float_inputs, strict=True):
+        x = input_rows(layer, x)  # (G, samples and positions, J)
+        x_float = input_rows(layer, x_float)
         h = h + x.mT @ x
         cross = cross + x_float.mT @ x
     return Moments(h, cross)
 
 
-def columns(layer: nn.Module, x: Tensor) -> Tensor:
-    """The inputs x of a layer as what its weight (G, O, J) is multiplied by: (G, ..., J)."""
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs x of a layer, with a row for each sample and position: (G, rows, J)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -328,7 +354,7 @@ def columns(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def pixels(conv: nn.Module) -> tuple[int, ...]:
-    """The padding of a Conv2d in pixels, also if it is "same" or "valid"."""
+    """The padding of a Conv2d in pixels, which may also be "same" or "valid"."""
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
     return (0, 0) if conv.padding == "valid" else conv.padding

@@ -47,7 +47,7 @@ import copy
 import hashlib
 import inspect
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from fnmatch import fnmatch
 from functools import partial
@@ -377,7 +377,8 @@ class QuantLayer(nn.Module):
         """
         return self.dequantize()
 
-    def forward(self, x):
+    def forward(self, input):  # the name that Linear and Conv2d have for it
+        x = input
         if torch.is_autocast_enabled(x.device.type):  # autograd.Function isn't cast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -582,9 +583,10 @@ def quantize(
     keep_float: patterns of names of layers to leave as they are.
     edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
         ignored.
-    data: for gptq, batches such as model is called with: tuples of positional arguments, or dicts
-        of keyword arguments. They should show noisy images at all timesteps; a hundred images
-        suffice. The model is called twice on each batch for each layer.
+    data: for gptq alone, batches that model is called with: tuples of positional arguments, or
+        dicts of keyword arguments. They should show noisy images at all timesteps; a hundred images
+        suffice. The model is called twice on each batch for each layer, and stopped at that layer
+        by an exception. It must take the same way each time.
 
     Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
     no layer, for a model without layers to quantize, and for each layer that can't be quantized,
@@ -648,34 +650,62 @@ def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
     """Make the quantized layers by gptq, one after the other, in the order of the model's calls.
 
     Each sees the errors of those before it, and makes up for them as far as it can. Besides the
-    float model and the packed layers, memory holds what one layer sees: its inputs for all batches
-    of data, and its Moments.
+    float model and the packed layers, memory holds what one layer sees: its inputs for all batches,
+    in the float and in the quantized network, its Moments, and a few more matrices of their size.
     """
-    data = list(data or ())
-    if not data:
-        raise ValueError("gptq needs data: batches that the model is called with")
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()  # no dropout, and no running statistics of BatchNorm
+    data = as_batches(data)
+    training = [module for module in model.modules() if module.training]
     made = {}
     try:
+        for module in training:  # no dropout, and no running statistics of BatchNorm
+            module.training = False
         # deltas are zero, so all samples can have the scales of bucket 0
         with batch_set(Batch(model, [0], torch.zeros(0, dtype=torch.long))):
             calls = count_calls(model, layers, data[0])
             check_called(layers, calls)
             for layer, count in calls.items():
-                put(model, layers, {})
-                x_float = inputs_of(layer, count, model, data)
-                put(model, layers, made)
-                x = inputs_of(layer, count, model, data)
-                with torch.autocast(layer.weight.device.type, enabled=False):
-                    seen = moments(layer, x, x_float)
-                    check_finite(seen, layers[layer])
-                    made[layer] = make(layer, partial(gptq, seen=seen))
+                made[layer] = make_one(model, layers, made, make, layer, count, data)
     finally:
         put(model, layers, {})
-        for module in was_training:
+        for module in training:
             module.training = True
     return made
+
+
+def make_one(model, layers, made, make, layer, count, data) -> nn.Module:
+    """Make the quantized layer of one float layer, which the model calls so often on a batch."""
+    put(model, layers, {})
+    x_float = inputs_of(layer, count, model, data)
+    put(model, layers, made)
+    x = inputs_of(layer, count, model, data)
+    name = layers[layer][0]
+    if not x or [a.shape for a in x] != [a.shape for a in x_float]:
+        raise ValueError(
+            f"layer '{name}' isn't called in the same way each time; name it in keep_float"
+        )
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        seen = moments(layer, x, x_float)
+        size = seen.h.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if not size.isfinite().all() or not seen.cross.isfinite().all():
+            raise ValueError(
+                f"layer '{name}' sees inputs that aren't finite, or too large to be squared; "
+                "correct data or model"
+            )
+        return make(layer, partial(gptq, seen=seen))
+
+
+def as_batches(data) -> list:
+    """data as a list. Raises ValueError if there is none, or if it isn't what a model takes."""
+    batches = [] if data is None else list(data)
+    if not batches:
+        raise ValueError("gptq needs data: batches that the model is called with")
+    for batch in batches:
+        if not isinstance(batch, (tuple, list, Mapping)):
+            raise ValueError(
+                "each batch of data must be a tuple of positional arguments of the model, "
+                f"or a dict of keyword arguments; one is a {type(batch).__name__}"
+            )
+    return batches
 
 
 def check_called(layers, calls):
@@ -686,14 +716,6 @@ def check_called(layers, calls):
                 f"the first batch of data doesn't reach layer '{names[0]}'; "
                 "give one that does, or name the layer in keep_float"
             )
-
-
-def check_finite(seen, names):
-    """Raise ValueError if a layer's Moments aren't finite."""
-    if not seen.h.isfinite().all() or not seen.cross.isfinite().all():
-        raise ValueError(
-            f"layer '{names[0]}' sees inputs that aren't finite; correct data or model"
-        )
 
 
 def check_buckets(num_buckets, T):

@@ -300,12 +300,13 @@ def test_the_state_of_the_model_is_left_alone():
     assert model.quant_config["calibration"] == "gptq"
 
 
-def test_dropout_is_off():
+def test_a_model_in_training_is_calibrated_as_in_evaluation():
     codes = []
-    for _ in range(2):
-        torch.manual_seed(len(codes))
-        model = quantize(copy.deepcopy(NET), calibration="gptq", data=DATA)
+    for mode in (True, False):
+        model = copy.deepcopy(NET).train(mode)
+        quantize(model, calibration="gptq", data=DATA)
         codes.append(model.last.codes)
+        torch.testing.assert_close(model.norm.state_dict(), NET.norm.state_dict())
     assert torch.equal(*codes)
 
 
@@ -335,8 +336,98 @@ class Unused(Net):
         self.unused = nn.Linear(2, 2)
 
 
-def nan_data():
-    return [(torch.full((20, 12), float("nan")), None)]
+def filled_with(value):
+    return [(torch.full((20, 12), value), None)]
+
+
+class Cached(Net):
+    """Computes its first layer once."""
+
+    cache = None
+
+    def forward(self, x, t=None):
+        if self.cache is None:
+            self.cache = self.first(x)
+        return self.last(self.cache)
+
+
+class Routed(Net):
+    """The second layer sees some of the samples: those for which the first one decides so."""
+
+    def forward(self, x, t=None):
+        x = self.first(x)
+        return self.last(x[x[:, 0] > x[:, 0].round(decimals=1)])
+
+
+class OnlyIterable:
+    """Neither a length nor a truth value."""
+
+    def __iter__(self):
+        return iter(DATA)
+
+    def __bool__(self):
+        raise TypeError
+
+    __len__ = None
+
+
+def test_data_need_only_be_iterable():
+    quantize(copy.deepcopy(NET), calibration="gptq", data=OnlyIterable())
+
+
+class Random(Net):
+    """Draws noise in its forward, and changes its argument in place."""
+
+    def forward(self, x, t=None):
+        x.mul_(2)
+        return self.last(self.first(x) + torch.randn(x.shape))
+
+
+def test_both_networks_see_the_same_random_numbers_and_the_same_batch():
+    model = Random()
+    weight = model.last.weight.detach().clone()
+    data = copy.deepcopy(DATA)
+    state = torch.get_rng_state()
+    quantize(model, 8, calibration="gptq", data=data)
+    torch.testing.assert_close(model.last.weight, weight, rtol=0, atol=0.01)  # a step of 8 bits
+    torch.testing.assert_close(data, DATA, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_draw_different_random_numbers(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        quant, "moments", lambda layer, *x: given.append(x[0]) or moments(layer, *x)
+    )
+    quantize(Random(), calibration="gptq", data=[DATA[0], DATA[0]])
+    of_last = given[1]
+    assert not torch.equal(of_last[0], of_last[1])
+
+
+class ByKeyword(Net):
+    def forward(self, x, t=None):
+        return self.last(input=self.first(input=x))
+
+
+def test_a_layer_may_be_called_by_keyword():
+    model = quantize(ByKeyword(), calibration="gptq", data=DATA)
+    assert model(*DATA[0]).shape == (20, 4)
+
+
+def test_hooks_that_are_always_called_are_called():
+    model = Net()
+    count = {"before": 0, "after": 0}
+
+    def before(*_):
+        count["before"] += 1
+
+    def after(*_):
+        count["after"] += 1
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
+    quantize(model, calibration="gptq", data=DATA)
+    assert count["before"] == count["after"] > 0
 
 
 @pytest.mark.parametrize(
@@ -345,7 +436,13 @@ def nan_data():
         (Net, None, "gptq needs data"),
         (Net, [], "gptq needs data"),
         (Unused, DATA, "doesn't reach layer 'unused'.*keep_float"),
-        (Net, nan_data(), "layer 'first' .*finite"),
+        (Net, filled_with(float("nan")), "layer 'first' .*finite"),
+        (Net, filled_with(3e18), "layer 'first' .*too large"),
+        (Net, DATA[0], "each batch of data must be a tuple.*one is a Tensor"),
+        (Net, DATA[0][0], "each batch of data must be a tuple.*one is a Tensor"),
+        (Net, {"x": DATA[0][0]}, "each batch of data must be a tuple.*one is a str"),
+        (Cached, DATA, "layer 'first' isn't called in the same way each time.*keep_float"),
+        (Routed, DATA, "layer 'last' isn't called in the same way each time.*keep_float"),
         (Net, [(torch.zeros(2, 3),)], "shapes cannot be multiplied"),
     ],
 )
