@@ -131,9 +131,9 @@ def refuse_quantizer_flags(parser, argv):
         parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
 
 
-def schedule(args, step):
-    """What a learning rate is multiplied by: a warm-up of 20 steps, then linear decay to zero."""
-    return min(1, (step + 1) / 20) * (1 - step / args.steps)
+def learning_rate(peak, args, step):
+    """A warm-up of 20 steps to the peak, then linear decay to zero."""
+    return peak * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
 def train_words(model, captions):
@@ -203,7 +203,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     # fmt: off
     for step in loop:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(args, step)
+            group["lr"] = learning_rate(group["peak"], args, step)
 
         # B instance images, then B class images
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
