@@ -28,6 +28,7 @@ from recovery import (
 from report import mean_sd, print_table, write_table
 from runs import (
     ABLATIONS,
+    DIGITS,
     MINE,
     SCORES,
     SEVERAL,
@@ -120,7 +121,7 @@ def row_of_means(name, runs, columns):
     """The cells of a row. What is trained, and its bytes, are the same in all runs."""
     cells = [name, f"{runs[0]['trained']:,}", f"{runs[0]['bytes']:,}"]
     for key in columns:
-        cells.append(mean_sd([run[key] for run in runs]))
+        cells.append(mean_sd([run[key] for run in runs], DIGITS.get(key, 2)))
     cells.append(str(len(runs)))
     return cells
 
@@ -144,7 +145,8 @@ def row_of_differences(name, yardstick, both, columns):
     """The cells of a row of differences. both: a list of two runs each."""
     cells = [name, yardstick]
     for key in columns:
-        cells.append(mean_sd([mine[key] - other[key] for mine, other in both]))
+        differences = [mine[key] - other[key] for mine, other in both]
+        cells.append(mean_sd(differences, DIGITS.get(key, 2)))
     cells.append(str(len(both)))
     return cells
 

@@ -481,7 +481,7 @@ def test_autocast_around_quantize_changes_no_moments():
 
 
 def test_the_base_predicts_better_than_with_rowcol():
-    data = calibration_data(n=16)
+    data = calibration_data(n=8)
     x, t, words = data[0]
     float_model = load_model(BASE)
     error = {}

@@ -253,7 +253,7 @@ CHOICES = [  # script, arguments, what the error names
     (sample, ["--device", "tpu"], "--device"),
     (sample, ["--adapter"], "--adapter"),
     (tables, ["everything"], "recovery"),
-    (tables, ["subjects", "--subjects", "mo"], "bix"),
+    (tables, ["subjects", "--subjects", "pip"], "bix"),
     (tables, ["subjects", "mo"], "ablations"),
     (tables, ["subjects", "--quick", "--write"], "--write"),
     (bench, ["taste"], "speed"),

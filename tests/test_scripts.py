@@ -127,7 +127,7 @@ def test_full_precision_and_peqa_run_and_say_what_they_are(args, tmp_path, capsy
 
 @pytest.mark.slow
 def test_gptq_gives_one_base_for_all_subjects_and_seeds(tmp_path, monkeypatch):
-    few = partial(train.calibration_data, n=8)
+    few = partial(train.calibration_data, n=2)
     monkeypatch.setattr(train, "calibration_data", few)
     codes = []
     for subject, seed in (("mo", 0), ("zed", 1)):
@@ -163,6 +163,7 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
         prior=1.0,
         steps=6,
         buckets=2,
+        train_words=False,
         device="cpu",
         compile=False,
         checkpoint=False,

@@ -44,8 +44,8 @@ JOBS = {
     "fine-tuning": Job(
         script="train",
         flags=["--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1],
-        steps=120,
-        kills=20,
+        steps=60,
+        kills=10,
         files=["adapter.pt", "tuned.pt", "grid.png"],
     ),
     "pretraining": Job(

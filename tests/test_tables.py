@@ -149,7 +149,7 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
     for write in ([], ["--write"]):
         for document, text in wrong.items():
             assert document.read_text(encoding="utf-8") == text
-        for table in ("subjects", "several", "ablations", "recovery"):
+        for table in ("subjects", "several", "ablations", "recovery", "tuning"):
             assert run(tables, table, "--log", LOG, "--rows", "none", *write) == 0
     for document, text in shipped.items():  # so the documents say what was measured
         assert document.read_text(encoding="utf-8") == text
@@ -168,6 +168,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
                 "3 subjects",
                 "one thing changed: differences",
                 "validation loss",
+                "timesteps of the data",
+                "tuning",
             ],
         ),
     ],
