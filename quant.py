@@ -673,7 +673,7 @@ def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
 
 
 def make_one(model, layers, made, make, layer, count, data) -> nn.Module:
-    """Make the quantized layer of one float layer, which the model calls so often on a batch."""
+    """The quantized layer for one float layer. count: how often the model calls it on a batch."""
     put(model, layers, {})
     x_float = inputs_of(layer, count, model, data)
     put(model, layers, made)

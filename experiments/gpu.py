@@ -98,11 +98,11 @@ def seconds_left(args):
 
 
 def check(args):
-    """Run tests/test_gpu_kernels.py in processes side by side, if pytest-xdist is there."""
+    """Run tests/test_kernels.py in processes side by side, if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     if importable("xdist"):
         command += ["-n", "8"]
-    command.append(str(ROOT / "tests" / "test_gpu_kernels.py"))
+    command.append(str(ROOT / "tests" / "test_kernels.py"))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.test_seconds)
         say("tests:", done.stdout[-3500:], done.stderr[-500:])
