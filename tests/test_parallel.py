@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 
+import pretrain
+import train
 from quant import deltas, quantize
 from runtime import BASE, claim, load, load_model
 
@@ -24,14 +26,13 @@ QUICK = ("--batch", 1, "--calibration", "minmax", "--sample-steps", 1)
 ENDLESS = ("--steps", 5000, *QUICK)  # ends when it is killed
 
 
-def start(script, *flags, processes=1):
-    """Start a script, in several processes that train as one if asked to."""
-    command = [sys.executable]
-    if processes > 1:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", *torchrun]
+TWICE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  # torchrun
+
+
+def start(*command):
+    """Start a script as a process of its own, or after TWICE as two that train as one."""
     return subprocess.Popen(
-        [*command, script, *map(str, flags), "--device", "cpu"],
+        [sys.executable, *map(str, command), "--device", "cpu"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -40,9 +41,9 @@ def start(script, *flags, processes=1):
     )
 
 
-def finished(script, *flags, processes=1):
-    """The output of a script that ends well."""
-    process = start(script, *flags, processes=processes)
+def finished(*command):
+    """The output of a command that ends well."""
+    process = start(*command)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
@@ -62,13 +63,14 @@ import sys
 sys.path.insert(0, {root!r})
 import {name}, runtime
 runtime.SAVE_EVERY = 3
+{name}.IMAGES_PER_PROMPT = 1
 {name}.score_base = lambda *_: None
 runtime.guard({name}.main)
 """
 
 
 def quick(folder, name):
-    """A script that saves after every third step; pretraining ends without scores."""
+    """A script that saves after every third step and hardly scores."""
     script = folder / f"quick_{name}.py"
     script.write_text(QUICK_SCRIPT.format(root=str(ROOT), name=name))
     return script
@@ -90,11 +92,14 @@ METHODS = [
 
 
 @pytest.mark.parametrize("flags", METHODS)
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, flags):
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(train, "IMAGES_PER_PROMPT", 1)
     full = flags == ["--bits", 32]
     flags = [*flags, "--steps", 20, "--sample-steps", 1]
-    out = finished(TRAIN, *flags, "--batch", 2, "--out", tmp_path / "two", processes=2)
-    finished(TRAIN, *flags, "--batch", 4, "--out", tmp_path / "one")
+    out = finished(
+        *TWICE, quick(tmp_path, "train"), *flags, "--batch", 2, "--out", tmp_path / "two"
+    )
+    assert run(train, *flags, "--batch", 4, "--device", "cpu", "--out", tmp_path / "one") == 0
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
 
@@ -123,11 +128,12 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, flags):
     assert said in out
 
 
-def test_pretraining_in_two_processes_is_that_of_one_with_twice_the_batch(tmp_path):
-    script = quick(tmp_path, "pretrain")
+def test_pretraining_in_two_processes_is_that_of_one_with_twice_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
     flags = ["--steps", 2, "--seed", 3]
-    finished(script, *flags, "--batch", 8, "--out", tmp_path / "one")
-    finished(script, *flags, "--batch", 4, "--out", tmp_path / "two", processes=2)
+    script = quick(tmp_path, "pretrain")
+    finished(*TWICE, script, *flags, "--batch", 4, "--out", tmp_path / "two")
+    assert run(pretrain, *flags, "--batch", 8, "--device", "cpu", "--out", tmp_path / "one") == 0
     one = state_of(tmp_path / "one", "pretraining")["model"]
     two = state_of(tmp_path / "two", "pretraining")["model"]
     for name, p in one.items():
@@ -145,33 +151,31 @@ def children_of(pid):
 
 
 def test_the_death_of_a_process_ends_the_run(tmp_path):
-    run = start(quick(tmp_path, "train"), *ENDLESS, "--out", tmp_path, processes=2)
-    wait_for(tmp_path / "state.pt", run)
-    children = children_of(run.pid)
+    both = start(*TWICE, quick(tmp_path, "train"), *ENDLESS, "--out", tmp_path)
+    wait_for(tmp_path / "state.pt", both)
+    children = children_of(both.pid)
     assert len(children) == 2
 
     os.kill(max(children), signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode != 0
+    _, err = both.communicate(timeout=60)
+    assert both.returncode != 0
     assert "Signal 9" in err
     assert f'File "{TRAIN}' not in err  # one sentence, no traceback of ours
     assert state_of(tmp_path)["step"] % 3 == 0
 
 
-def test_a_folder_belongs_to_one_run_until_it_ends_or_is_killed(tmp_path):
-    run = start(TRAIN, *ENDLESS, "--out", tmp_path)
-    wait_for(tmp_path / "lock", run)
-    second = start(TRAIN, "--steps", 1, "--out", tmp_path)
-    out, err = second.communicate(timeout=120)
-    assert second.returncode == 2
+def test_a_folder_belongs_to_one_run_until_it_ends_or_is_killed(tmp_path, capsys):
+    first = start(TRAIN, *ENDLESS, "--out", tmp_path)
+    wait_for(tmp_path / "lock", first)
+    assert run(train, "--steps", 1, "--out", tmp_path) == 2
+    out, err = capsys.readouterr()
     assert re.fullmatch(r"train.py: another run is writing to .*; wait for it, .*\n", err)
     assert not out
     assert not (tmp_path / "tuned.pt").exists()
 
-    run.kill()
-    run.communicate()
-    flags = ["--steps", 1, "--sample-steps", 1, "--calibration", "minmax"]
-    finished(TRAIN, *flags, "--out", tmp_path)
+    first.kill()
+    first.communicate()
+    assert run(train, "--steps", 1, *QUICK, "--out", tmp_path) == 0
 
 
 FULL_DISK = """
@@ -193,15 +197,15 @@ runtime.guard(train.main)
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path):
     flags = ["--steps", 5, *QUICK, "--out", tmp_path]
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *map(str, flags)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 2
-    assert "Traceback" not in run.stderr
-    last_line = run.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last_line = done.stderr.splitlines()[-1]
     assert last_line.startswith("-c: ")
     assert "state.pt" in last_line
     assert state_of(tmp_path)["step"] == 1

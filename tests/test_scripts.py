@@ -18,8 +18,9 @@ import runtime
 import sample
 import train
 from data import toy
+from model import UNet
 from quant import QuantLayer, deltas, quantize
-from runtime import BASE, load, load_model
+from runtime import BASE, load, load_model, save
 
 SHORT = ("--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu")  # a run of seconds
 SHORTEST = ("--steps", 1, "--sample-steps", 1)
@@ -127,13 +128,16 @@ def test_full_precision_and_peqa_run_and_say_what_they_are(args, tmp_path, capsy
 
 @pytest.mark.slow
 def test_gptq_gives_one_base_for_all_subjects_and_seeds(tmp_path, monkeypatch):
+    base = tmp_path / "base.pt"
+    small = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))
+    save({"kind": "model", "config": small.config, "model": small.state_dict()}, base)
     few = partial(train.calibration_data, n=2)
     monkeypatch.setattr(train, "calibration_data", few)
     codes = []
     for subject, seed in (("mo", 0), ("zed", 1)):
         out = tmp_path / subject
         flags = ["--subject", subject, "--seed", seed, "--calibration", "gptq", "--out", out]
-        assert run(train, *SHORTEST, *flags) == 0
+        assert run(train, *SHORTEST, *flags, "--base", base) == 0
         model = load_model(out / "tuned.pt")
         assert model.quant_config["calibration"] == "gptq"
         codes.append(torch.cat([m.codes for m in model.modules() if isinstance(m, QuantLayer)]))

@@ -3,37 +3,37 @@
 And a run that can't go on says why.
 """
 
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run
 
+import pretrain
 import runtime
 import train
 from data import toy
 from quant import deltas, quantize
 from runtime import BASE, load, load_model, save
 
-# a script that saves after each step, and doesn't score a base
-SCRIPT = """
-import {0}, runtime
-runtime.SAVE_EVERY = 1
-{0}.score_base = print
-runtime.guard({0}.main)
-"""
+# runs are forks of one process, which imports torch and its compiler, 5 seconds, once for all
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "pretrain", "torch._dynamo"])
 
 
 class Job(NamedTuple):
     """A run to kill."""
 
-    script: str
+    script: ModuleType
     flags: list
     steps: int  # so many that it doesn't end before it is killed
     kills: int
@@ -42,14 +42,14 @@ class Job(NamedTuple):
 
 JOBS = {
     "fine-tuning": Job(
-        script="train",
+        script=train,
         flags=["--batch", 1, "--buckets", 2, "--calibration", "minmax", "--sample-steps", 1],
         steps=60,
         kills=10,
         files=["adapter.pt", "tuned.pt", "grid.png"],
     ),
     "pretraining": Job(
-        script="pretrain",
+        script=pretrain,
         flags=["--batch", 1],
         steps=20,
         kills=4,
@@ -58,22 +58,39 @@ JOBS = {
 }
 
 
-def start(job, out, *flags):
-    """Start a job as a process of its own."""
-    flags = [*job.flags, "--steps", job.steps, "--device", "cpu", "--out", out, *flags]
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(job.script), *map(str, flags)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+class Run:
+    """A job in a process of its own, that has started."""
+
+    def __init__(self, name, out, *flags):
+        flags = [*JOBS[name].flags, "--steps", JOBS[name].steps, "--device", "cpu", *flags]
+        self.log = Path(f"{out}.log")  # what the run prints
+        self.process = FORKS.Process(target=work, args=(name, self.log, [*flags, "--out", out]))
+        self.process.start()
+
+    def stop(self, number):
+        os.kill(self.process.pid, number)
+        return self.end()
+
+    def end(self):
+        """Wait for the end: what the run has printed, and its exit code."""
+        self.process.join()
+        return self.log.read_text(), self.process.exitcode
 
 
-def wait(process, done):
-    """Wait until done() is true; the process must still be running then."""
+def work(name, log, flags):
+    """What the process of a run does. It saves after each step, and hardly scores."""
+    torch.set_num_threads(1)
+    runtime.SAVE_EVERY = 1
+    train.IMAGES_PER_PROMPT = 1
+    pretrain.score_base = print
+    sys.stdout = sys.stderr = log.open("w")
+    sys.exit(run(JOBS[name].script, *flags))
+
+
+def wait(a_run, done):
+    """Wait until done() is true; the run must still be going on then."""
     while not done():
-        assert process.poll() is None, process.communicate()
+        assert a_run.process.is_alive(), a_run.end()
         time.sleep(0.0005)
 
 
@@ -82,7 +99,7 @@ def time_of(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def stop_in_the_middle(process, state, how, while_writing, chance):
+def stop_in_the_middle(a_run, state, number, while_writing, chance):
     """Send a signal to a run after its next save, at a random moment or while it writes."""
     before = time_of(state)
 
@@ -92,13 +109,12 @@ def stop_in_the_middle(process, state, how, while_writing, chance):
     def is_writing():
         return any(state.parent.glob("*.tmp"))
 
-    wait(process, has_saved)
+    wait(a_run, has_saved)
     if while_writing:
-        wait(process, is_writing)
+        wait(a_run, is_writing)
     else:
         time.sleep(chance.uniform(0, 0.2))
-    process.send_signal(how)
-    return process.communicate()
+    return a_run.stop(number)
 
 
 @pytest.mark.slow
@@ -109,28 +125,28 @@ def test_a_run_killed_and_resumed_at_random_moments_ends_in_the_same_bits(name, 
     state = folder / "state.pt"
     chance = random.Random(0)
     half_written = 0
-    whole = start(job, tmp_path / "whole")
+    whole = Run(name, tmp_path / "whole")
     for kill in range(job.kills):
         resume = ["--resume"] if kill > 0 else []
-        process = start(job, folder, *resume)
+        killed = Run(name, folder, *resume)
         while_writing = kill % 2 == 1
-        _, err = stop_in_the_middle(process, state, signal.SIGKILL, while_writing, chance)
-        assert process.returncode == -signal.SIGKILL, err
+        said, code = stop_in_the_middle(killed, state, signal.SIGKILL, while_writing, chance)
+        assert code == -signal.SIGKILL, said
         half_written += any(folder.glob("*.tmp"))
         assert 0 < load(state, name)["step"] < job.steps
     assert half_written
 
-    process = start(job, folder, "--resume")
-    out, err = stop_in_the_middle(process, state, signal.SIGINT, False, chance)  # Ctrl-C
-    assert process.returncode == 130, err
-    assert "--resume" in out
-    assert "Traceback" not in err
+    stopped = Run(name, folder, "--resume")
+    said, code = stop_in_the_middle(stopped, state, signal.SIGINT, False, chance)  # Ctrl-C
+    assert code == 130, said
+    assert "--resume" in said
+    assert "Traceback" not in said
     assert 0 < load(state, name)["step"] < job.steps
 
-    last = start(job, folder, "--resume")
-    for process in (whole, last):
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    last = Run(name, folder, "--resume")
+    for a_run in (whole, last):
+        said, code = a_run.end()
+        assert code == 0, said
     for file in job.files:
         assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert not list(tmp_path.rglob("*.tmp"))

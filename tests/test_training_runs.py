@@ -400,9 +400,15 @@ def test_flags_that_would_be_ignored_are_refused(
 
 
 @pytest.mark.parametrize(
-    "rank, world_size", [("1", None), ("0", None), (None, "2"), ("2", "2"), ("a", "2")]
+    "script, rank, world_size",
+    [
+        ("train.py", "1", None),
+        ("train.py", None, "2"),
+        ("train.py", "2", "2"),
+        ("train.py", "a", "2"),
+        ("pretrain.py", "0", None),
+    ],
 )
-@pytest.mark.parametrize("script", ["train.py", "pretrain.py"])
 def test_half_of_what_torchrun_sets_is_refused(script, rank, world_size, tmp_path):
     environment = {"RANK": rank, "WORLD_SIZE": world_size}
     given = {name: value for name, value in environment.items() if value is not None}
