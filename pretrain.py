@@ -150,17 +150,29 @@ def update_ema(ema, model, step):
 
 def score_base(model, seed, n=200):
     """Print how much is right of n images of plain shapes, and of n images of creatures."""
+    for kind, (as_said, whole) in rate_base(model, seed, n).items():
+        print(
+            f"{n} {kind}: {as_said:.1%} show all that the caption says; "
+            f"{whole:.1%} match a scene of the world, pixel by pixel"
+        )
+
+
+def rate_base(model, seed, n):
+    """Draw n images of plain shapes and n of creatures: {kind: two shares of the n}.
+
+    The shares are of images that show all that the caption says, and of those that match a scene of
+    the world, pixel by pixel.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     kinds = {"plain images": list(toy.SHAPES), "creatures": ["creature"]}
+    shares = {}
     for kind, shapes in kinds.items():
         words = torch.tensor([toy.caption(random_prompt(shapes, generator)) for _ in range(n)])
         images = sample(model, words, seed=seed, progress=True)
-        as_said = (score(images, words)["prompt"] == 1).sum()
-        whole = matches(images).sum()
-        print(
-            f"{n} {kind}: {as_said / n:.1%} show all that the caption says; "
-            f"{whole / n:.1%} match a scene of the world, pixel by pixel"
-        )
+        as_said = (score(images, words)["prompt"] == 1).sum().item()
+        whole = matches(images).sum().item()
+        shares[kind] = (as_said / n, whole / n)
+    return shares
 
 
 def random_prompt(shapes, generator):

@@ -1,5 +1,5 @@
 """The tables: python experiments/tables.py [base] [subjects] [several] [recovery] [ablations]
-                                           [tuning]
+                                           [activations] [tuning]
 
 A finished run is a line of the log and isn't done again. So a command can be stopped and started
 again, and several processes can share the work (--rows, --subjects).
@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import activations
 from data import toy
 from pretrain import score_base
 from recovery import (
@@ -204,6 +205,30 @@ def ablations(args):
     fill(args, "one thing changed", ABLATIONS, toy.TABLE, pairs)
 
 
+def of_activations(args):
+    """Round the activations, too: what is left of the base's quality?"""
+    settings = {"float": (None, None)}
+    for bits in activations.WIDTHS:
+        for ranges in activations.LADDER:
+            settings[f"{bits} bits, {ranges.name}"] = (bits, ranges)
+    for seed in range(args.seeds):
+        for name, setting in settings.items():
+            key = {"activations": name, "seed": seed}
+            if is_due(args, name, key):
+                append(args.log, key, activations.measure(*setting, seed))
+
+    rows = []
+    for name in settings:
+        runs = lines(args.log, activations=name)
+        if runs:
+            cells = [mean_sd([run["loss"] for run in runs], 4)]
+            for key in ("plain", "creatures"):
+                cells.append(mean_sd([run[key] for run in runs]))
+            rows.append([name, *cells, str(len(runs))])
+    columns = ["activations", "validation loss", "plain images right", "creatures whole", "runs"]
+    show(args, "activations", columns, rows)
+
+
 def tuning(args):
     """Choose the defaults of fine-tuning, on subjects that no other table reports."""
     rowcol = next(iter(TUNING))
@@ -304,6 +329,7 @@ TABLES = {
     "several": several_subjects,
     "recovery": recovery,
     "ablations": ablations,
+    "activations": of_activations,
     "tuning": tuning,
 }
 

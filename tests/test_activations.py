@@ -1,0 +1,163 @@
+"""Activations of few bits: factors change nothing, and each sample is rounded to its own grid."""
+
+import numpy as np
+import pytest
+import torch
+
+import activations
+from activations import (
+    LADDER,
+    Clock,
+    Ranges,
+    Rounding,
+    channel_peaks,
+    channels_back,
+    channels_last,
+    fit_range,
+    round_inputs,
+    shortcuts,
+)
+from data import toy
+from model import UNet
+from quant import QuantLayer, quantize
+from train import calibration_data
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """A small UNet with weights of 4 bits."""
+    torch.manual_seed(0)
+    model = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # no layer is zero, as at the start of training
+    return quantize(model.eval(), 4)
+
+
+def outputs(model, data):
+    with torch.no_grad():
+        return torch.cat([model(*batch) for batch in data])
+
+
+@pytest.mark.parametrize("factors", ["peaks", "1 / s_in"])
+def test_factors_fold_into_s_in(quantized, factors, monkeypatch):
+    used = []
+
+    def divide(self, layer, args):
+        used.append(self.factors)
+        return channels_back(channels_last(args[0]) / self.factors)
+
+    monkeypatch.setattr(Rounding, "__call__", divide)
+    data = calibration_data(n=8)
+    model = round_inputs(quantized, 4, Ranges("", factors=factors), data)
+    torch.testing.assert_close(outputs(model, data), outputs(quantized, data), rtol=1e-4, atol=1e-5)
+    assert len(used) == sum(isinstance(m, QuantLayer) for m in quantized.modules())
+    assert all((r != 1).any() for r in used)
+
+
+@pytest.mark.parametrize("n_bits", [2, 4, 8])
+def test_a_range_is_the_best_of_all_shrunk_ones(n_bits):
+    x = torch.randn(700, generator=torch.Generator().manual_seed(n_bits)).double() ** 3 + 1
+    step, zero_point = fit_range(x.view(7, 100), n_bits)
+
+    values = x.numpy()
+    errors = {}
+    for percent in range(80):
+        low, high = (np.array([values.min(), values.max()]) * (1 - percent / 100)).tolist()
+        s = (high - low) / (2**n_bits - 1)
+        z = np.round(-low / s)
+        rounded = (np.clip(np.round(values / s) + z, 0, 2**n_bits - 1) - z) * s
+        errors[s, z] = ((rounded - values) ** 2).sum()
+    s, z = min(errors, key=errors.get)
+    assert step.item() == pytest.approx(s, rel=1e-9)
+    assert zero_point.item() == z
+
+
+def test_each_interval_and_each_part_has_its_own_grid():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 50, 6, generator=generator)
+    interval = torch.arange(16) % 8
+    size = 2.0 ** interval[:, None, None]
+    x = x * size * torch.tensor([1, 1, 1, 1, 100, 100])
+    clock = Clock()
+    rounding = Rounding(4, torch.ones(6), clock)
+    rounding.fit(x, interval, [4, 2])
+    assert rounding.scale.shape == rounding.zero_point.shape == (8, 6)
+
+    clock.interval = interval[:5]
+    rounded = rounding(None, (x[:5],))
+    for n in range(5):
+        for part in (slice(0, 4), slice(4, 6)):
+            step, zero_point = fit_range(x[interval == n][..., part], 4)
+            codes = ((x[n, :, part] / step).round() + zero_point).clamp(0, 15)
+            torch.testing.assert_close(rounded[n, :, part], (codes - zero_point) * step)
+
+    rounding.fit(x, None, [6])
+    assert len(rounding.scale) == 1
+    assert (rounding.scale == fit_range(x, 4)[0]).all()
+
+
+def test_images_are_rounded_as_their_rows_of_channels():
+    x = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = x.permute(0, 2, 3, 1).reshape(3, 16, 5)
+    clock = Clock()
+    clock.interval = torch.tensor([0, 7, 3])
+    rounding = Rounding(4, torch.rand(5) + 0.5, clock)
+    rounding.fit(rows, None, [2, 3])
+    of_images = rounding(None, (x,))
+    of_rows = rounding(None, (rows,))
+    assert torch.equal(of_images.permute(0, 2, 3, 1).reshape(3, 16, 5), of_rows)
+
+
+def test_peaks_are_averaged_over_intervals():
+    x = torch.zeros(3, 2, 2)
+    x[0, 1, 0] = -4
+    x[1, 0, 0] = 2
+    x[2, 0, 0] = 8
+    assert channel_peaks(x, torch.tensor([5, 5, 1])).tolist() == [6, 1]
+
+
+def test_shortcuts_are_where_two_tensors_meet(quantized):
+    firsts = []
+    seen = {}
+    splits = shortcuts(quantized)
+    hooks = [
+        quantized.middle[0].register_forward_hook(lambda m, args, y: firsts.append(y)),
+        quantized.middle[1].register_forward_hook(lambda m, args, y: firsts.append(y)),
+    ]
+    for name in splits:
+        layer = quantized.get_submodule(name)
+        hooks.append(
+            layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+        )
+    outputs(quantized, calibration_data(n=2))
+    for hook in hooks:
+        hook.remove()
+    assert list(splits) == ["up.0.0.conv1", "up.0.0.skip", "up.2.0.conv1", "up.2.0.skip"]
+    split = splits["up.0.0.skip"]
+    assert torch.equal(seen["up.0.0.skip"][:, :split], firsts[-1])
+    assert seen["up.0.0.skip"].shape[1] > split
+    assert splits["up.2.0.skip"] == 32  # of the coarser resolution
+    assert seen["up.2.0.skip"].shape[1] == 32 + 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranges", [LADDER[0], LADDER[3]], ids=lambda ranges: ranges.name)
+def test_more_bits_are_nearer_to_floats(quantized, ranges, monkeypatch):
+    monkeypatch.setattr(activations, "VALUES", 500)
+    data = calibration_data(n=16)
+    exact = outputs(quantized, data)
+    errors = []
+    for bits in (2, 8):
+        rounded = outputs(round_inputs(quantized, bits, ranges, data), data)
+        errors.append((rounded - exact).square().mean().item())
+    assert errors[0] > 2 * errors[1] > 0
+
+
+def test_layers_of_8_bits_get_inputs_of_8_bits(quantized, monkeypatch):
+    widths = []
+    monkeypatch.setattr(Rounding, "fit", lambda self, *_: widths.append(self.n_bits))
+    round_inputs(quantized, 4, LADDER[0], calibration_data(n=2))
+    expected = [m.n_bits for m in quantized.modules() if isinstance(m, QuantLayer)]
+    assert widths == expected
+    assert widths.count(8) == 2
+    assert activations.WIDTHS == (8, 6, 4)
