@@ -77,11 +77,12 @@ def test_each_interval_and_each_part_has_its_own_grid():
     x = torch.randn(16, 50, 6, generator=generator)
     interval = torch.arange(16) % 8
     size = 2.0 ** interval[:, None, None]
-    x = x * size * torch.tensor([1, 1, 1, 1, 100, 100])
+    x = (x + interval[:, None, None] - 4) * size * torch.tensor([1, 1, 1, 1, 100, 100])
     clock = Clock()
     rounding = Rounding(4, torch.ones(6), clock)
     rounding.fit(x, interval, [4, 2])
     assert rounding.scale.shape == rounding.zero_point.shape == (8, 6)
+    assert len(rounding.zero_point[:, 0].unique()) > 4
 
     clock.interval = interval[:5]
     rounded = rounding(None, (x[:5],))
@@ -106,6 +107,10 @@ def test_images_are_rounded_as_their_rows_of_channels():
     of_images = rounding(None, (x,))
     of_rows = rounding(None, (rows,))
     assert torch.equal(of_images.permute(0, 2, 3, 1).reshape(3, 16, 5), of_rows)
+
+    without = Rounding(4, torch.ones(5), clock)  # the input is divided before
+    without.fit(rows / rounding.factors, None, [2, 3])
+    assert torch.equal(without(None, (rows / rounding.factors,)), of_rows)
 
 
 def test_peaks_are_averaged_over_intervals():
