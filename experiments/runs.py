@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import train
 from baselines import lora_packed
 from data import toy
-from data.score import score
+from data.score import read_object, score, spots_at
 from model import Diffusion
 from quant import QuantLayer, adapter, deltas, quantize
 from report import write_text
@@ -94,6 +94,8 @@ SEVERAL = by_name(
         together(SUBJECTS["PEQA, 4 bits"]),
         together(SUBJECTS[MINE]),
         together(SUBJECTS["TuneQDM, N = 2, 4 bits"]),
+        together(Row("TuneQDM, N = 1, words, 4 bits", flags="--train-words")),
+        together(Row("TuneQDM, N = 2, words, 4 bits", flags="--buckets 2 --train-words")),
     ]
 )
 ABLATIONS = by_name(
@@ -140,6 +142,17 @@ SCORES = {
     "world loss": "loss on the world",
 }
 DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
+
+# What two subjects in one picture show: shares of the creatures, then parts of a creature.
+SHOWN = {
+    "shown whole": "whole",
+    "shown exchanged": "the other subject",
+    "shown mixed": "some parts the other's",
+    "shown neither": "wrong parts, none the other's",
+    "shown no creature": "no creature",
+    "taken": "wrong parts that are the other's",
+    "taken by chance": "by chance",
+}
 
 # --------------------------------------------------------------------------------------------------
 # A run: make the model, fine-tune it, score it
@@ -272,6 +285,7 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
             scores = score(images, captions, parts[word], toy.WORD[name])
             for key, values in scores.items():
                 found.setdefault(label + key, []).append(values.mean().item())
+        return images
 
     words = list(parts)
     for word in words:
@@ -281,12 +295,44 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
     backgrounds = [prompt.split(" on ")[1] for prompt in train.PROMPTS]
     for a, b in zip(words, words[1:]):
         prompts = [f"{a} creature and {b} creature on {background}" for background in backgrounds]
-        draw(prompts, {a: a, b: b}, label="both ", seed=run.seed + 1)
+        images = draw(prompts, {a: a, b: b}, label="both ", seed=run.seed + 1)
+        for key, share in what_two_show(images, parts[a], parts[b]).items():
+            found.setdefault(key, []).append(share)
 
     prompts = ["red creature"] * len(train.PROMPTS)
     draw(prompts, dict.fromkeys(words, "red"), label="red ", seed=run.seed)
 
-    return {key: sum(found[key]) / len(found[key]) for key in SCORES if key in found}
+    return {key: sum(found[key]) / len(found[key]) for key in (*SCORES, *SHOWN) if key in found}
+
+
+def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, float]:
+    """What two subjects in one picture show: a mean over the creatures for each key of SHOWN.
+
+    images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
+    right (7,). A wrong part is the other subject's by chance, too: once for all wrong options.
+    """
+    shown = {key: [] for key in SHOWN}
+    options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])
+    for place, mine, other in (("left", left, right), ("right", right, left)):
+        spots = spots_at(place)
+        anything, _ = read_object(images, spots)
+        creature, _ = read_object(images, spots, creatures=True)
+        seen = toy.sprites().parts[creature]  # (N, 7)
+        is_creature = anything >= toy.PLAIN
+        whole = (seen == mine).all(1)
+        exchanged = (seen == other).all(1)
+        wrong = (seen != mine) & (mine != other)
+        taken = (wrong & (seen == other)).sum(1)
+        by_chance = (wrong / (options - 1)).sum(1)
+
+        shown["shown whole"].append(is_creature & whole)
+        shown["shown exchanged"].append(is_creature & exchanged)
+        shown["shown mixed"].append(is_creature & ~exchanged & (taken > 0))
+        shown["shown neither"].append(is_creature & ~whole & (taken == 0))
+        shown["shown no creature"].append(~is_creature)
+        shown["taken"].append(is_creature * taken)
+        shown["taken by chance"].append(is_creature * by_chance)
+    return {key: torch.cat(values).float().mean().item() for key, values in shown.items()}
 
 
 def draw_prompts(model, run) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from runs import (
     MINE,
     SCORES,
     SEVERAL,
+    SHOWN,
     SUBJECTS,
     TUNING,
     append,
@@ -194,6 +195,18 @@ def several_subjects(args):
     pairs = [(row, yardstick) for yardstick, row in combinations(SEVERAL, 2)]
     for n, subjects in TOGETHER.items():
         fill(args, f"{n} subjects", SEVERAL, subjects, pairs)
+    show_what_two_show(args)
+
+
+def show_what_two_show(args):
+    """A table of what is drawn for two subjects in one picture, where the log says so."""
+    rows = []
+    for name in SEVERAL:
+        runs = [run for run in lines(args.log, row=name) if SHOWN.keys() <= run.keys()]
+        if runs:
+            cells = [mean_sd([run[key] for run in runs]) for key in SHOWN]
+            rows.append([name, *cells, str(len(runs))])
+    show(args, "two in one picture", ["method", *SHOWN.values(), "runs"], rows)
 
 
 def ablations(args):

@@ -174,3 +174,54 @@ def test_any_other_bad_line_of_the_log_is_named(bad, tmp_path):
     log.write_text(f'{{"row": "a"}}\n{bad}\n{{"row": "c"}}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 2 isn't the line of a run"):
         runs.lines(log)
+
+
+def test_what_two_show_counts_each_creature_once():
+    parts = toy.sprites().parts
+    left, right = parts[toy.PLAIN + 17], parts[toy.PLAIN + 7356]
+    differ = left != right
+    assert differ.sum() == 6
+    options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])
+
+    def sprite(of):
+        """The number of the creature with these parts (7,)."""
+        found = (parts == of).all(1).nonzero()
+        assert len(found) == 1
+        return found.item()
+
+    def with_part(of, key, option):
+        changed = of.clone()
+        changed[toy.KEYS.index(key)] = option
+        return changed
+
+    ears = toy.KEYS.index("ears")
+    assert differ[ears]
+    taken = with_part(left, "ears", right[ears])
+    strange = ({0, 1, 2, 3} - {int(left[ears]), int(right[ears])}).pop()
+    neither = with_part(left, "ears", strange)
+    cases = [
+        (sprite(left), sprite(right)),  # both whole
+        (sprite(right), sprite(left)),  # exchanged
+        (sprite(taken), sprite(right)),
+        (sprite(neither), sprite(right)),
+        (0, sprite(right)),  # a circle
+    ]
+    y = torch.tensor([3])
+    images = []
+    for a, b in cases:
+        objects = [(torch.tensor([a]), y, torch.tensor([0])), (torch.tensor([b]), y, y + 5)]
+        images.append(toy.render(torch.tensor([2]), objects))
+    found = runs.what_two_show(torch.cat(images), left, right)
+
+    by_chance = (differ / (options - 1)).sum().item()
+    assert found == pytest.approx(
+        {
+            "shown whole": 5 / 10,
+            "shown exchanged": 2 / 10,
+            "shown mixed": 1 / 10,
+            "shown neither": 1 / 10,
+            "shown no creature": 1 / 10,
+            "taken": (2 * differ.sum().item() + 1) / 10,
+            "taken by chance": (2 * by_chance + 2 / 3) / 10,
+        }
+    )
