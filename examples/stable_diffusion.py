@@ -9,9 +9,10 @@
 
 First the UNet is quantized and written to base.pt: once for each model, for all its subjects
 (--base). That takes a minute on a GPU and an hour on a CPU; --calibration minmax is quicker and
-coarser. Then the VAE encodes every image once, the text encoder the two prompts, and both are
-dropped. A training step adds noise to latents of the subject and of its class, asks the UNet for
-the noise of both in one batch, and moves the scales of the timestep buckets in the batch:
+coarser, gptq slower and finer: it reads noisy images of the class. The VAE encodes every image
+once, the text encoder the two prompts, and both are dropped. A training step adds noise to latents
+of the subject and of its class, asks the UNet for the noise of both in one batch, and moves the
+scales of the timestep buckets in the batch:
 
     loss = MSE(subject) + prior * MSE(class)
 
@@ -37,8 +38,21 @@ from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from calibrate import CALIBRATIONS
 from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
-from runtime import Loop, Parser, claim, describe, guard, load, load_state, save, write_png
+from runtime import (
+    Loop,
+    Parser,
+    check_state,
+    checksum,
+    claim,
+    describe,
+    guard,
+    load,
+    load_state,
+    save,
+    write_png,
+)
 
 try:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -71,8 +85,7 @@ def arguments():
     quantizer = parser.add_argument_group("quantizer")
     parser.number("--bits", int, 2, 8, 4, "bits of a weight", quantizer)
     parser.number("--buckets", int, 1, 1000, 2, "scale sets over the timesteps", quantizer)
-    without_data = ("minmax", "mse", "rowcol")
-    quantizer.add_argument("--calibration", choices=without_data, default="rowcol")
+    quantizer.add_argument("--calibration", choices=CALIBRATIONS, default="rowcol")
 
     run = parser.add_argument_group("training")
     parser.number("--steps", int, 1, 10**7, 800, "optimizer steps", run)
@@ -101,6 +114,8 @@ def arguments():
         parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
     if bool(args.class_images) != bool(args.class_prompt):
         parser.error("--class-images and --class-prompt belong together; give both, or neither")
+    if args.subject and args.calibration == "gptq" and not args.class_images:
+        parser.error("--calibration gptq needs --class-images; give them, or use rowcol")
     return args
 
 
@@ -177,16 +192,38 @@ def made_by(args):
     return {"model": args.model, "bits": args.bits, "calibration": args.calibration}
 
 
-def make_base(args, T):
+def calibration_data(latents, words, noise, device, n=64):
+    """What gptq calibrates with: n noisy latents of the class, their timesteps evenly spread.
+
+    latents, words: as encode returns them. Returns batches (x_t, t, words) of 4 latents.
+    """
+    T = noise.config.num_train_timesteps
+    generator = torch.Generator().manual_seed(0)  # not --seed: a base serves all runs
+    x0 = latents[torch.randint(len(latents), (n,), generator=generator)]  # (n, 4, h, w)
+    t = torch.arange(n) * T // n  # (n,)
+    x_t = noise.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+    words = words.expand(n, -1, -1)
+    return list(zip(*[a.to(device).split(4) for a in (x_t, t, words)]))
+
+
+def make_base(args, noise, data):
     """Quantize the UNet of --model and write it to --base, without deltas.
 
-    In float16 the UNet takes 1.7 GB of a GPU. quantize computes in float32, and so are all scales.
+    In float16 the UNet takes 1.7 GB of a GPU. gptq runs it, and takes float32 for that. quantize
+    computes in float32 anyway, and so are all scales.
     """
     print(f"quantizing the UNet of {args.model} to {args.base}, once", flush=True)
-    unet = from_pretrained(UNet2DConditionModel, args.model, torch.float16, subfolder="unet")
+    T = noise.config.num_train_timesteps
+    dtype = torch.float16
+    batches = None
+    if args.calibration == "gptq":
+        dtype = torch.float32
+        latents, words = data[-1]  # of the class
+        batches = calibration_data(latents, words, noise, args.device)
+    unet = from_pretrained(UNet2DConditionModel, args.model, dtype, subfolder="unet")
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     unet.to(args.device)
-    quantize(unet, args.bits, T=T, calibration=args.calibration)
+    quantize(unet, args.bits, T=T, calibration=args.calibration, data=batches)
     unet.float()
     state = unet.state_dict()
     for name in deltas(unet):
@@ -241,11 +278,12 @@ def draw_batch(data, n, generator):
     return torch.cat(x0), torch.cat(words)
 
 
-def tune(unet, noise, data, args, state=None):
+def tune(unet, noise, data, args, state=None, inputs=None):
     """Train the deltas of unet.
 
     noise: a DDPMScheduler. data: latents and prompt of the subject and, if there are images of it,
     of the class, as encode returns them. state: the state.pt of a stopped run, to go on from.
+    inputs: checksums of what the run reads, see load_state.
     """
     T = noise.config.num_train_timesteps
     trained = deltas(unet)
@@ -253,6 +291,7 @@ def tune(unet, noise, data, args, state=None):
     generator = torch.Generator().manual_seed(args.seed)  # of every random draw, on the CPU
     first = 0
     if state is not None:
+        check_state(state, args, optimizer, trained=trained)
         first = state["step"]
         with torch.no_grad():
             for name, delta in trained.items():
@@ -265,6 +304,7 @@ def tune(unet, noise, data, args, state=None):
             "kind": "Stable Diffusion state",
             "step": step,
             "args": describe(args),
+            "inputs": inputs or {},
             "trained": trained,
             "optimizer": optimizer.state_dict(),
             "generator": generator.get_state(),
@@ -316,7 +356,8 @@ def peak_memory(device):
 
 
 def train(args):
-    state = load_state(args, "Stable Diffusion state") if args.resume else None
+    if args.resume:
+        load_state(args, "Stable Diffusion state")  # if that fails, it does before all else
     pipe = load_pipeline(args.model).to(args.device)
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
     latent_size = UNet2DConditionModel.load_config(args.model, subfolder="unet")["sample_size"]
@@ -327,18 +368,22 @@ def train(args):
     del pipe  # and with it the VAE and the text encoder
 
     if not args.base.exists():
-        make_base(args, noise.config.num_train_timesteps)
+        make_base(args, noise, data)
     base = load(args.base, "Stable Diffusion base")
     if base["made"] != made_by(args):
         flags = " ".join(f"--{key} {value}" for key, value in base["made"].items())
         raise ValueError(f"{args.base} was made with {flags}; give the same, or another --base")
+    inputs = {"base": checksum(base["unet"]), "subject": checksum(list(data[0]))}
+    if args.class_images:
+        inputs["class-images"] = checksum(list(data[1]))
+    state = load_state(args, "Stable Diffusion state", inputs) if args.resume else None
     unet = build(base, args.buckets).to(args.device)
     if args.checkpoint:
         checkpoint_blocks(unet)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    tune(unet, noise, data, args, state)
+    tune(unet, noise, data, args, state, inputs)
 
     path = args.out / "adapter.pt"
     save({"kind": "adapter", "buckets": args.buckets, **adapter(unet)}, path)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -141,6 +142,54 @@ def test_base_is_the_quantized_model(world):
     assert unet.quant_config == quantized.quant_config
     same(unet.state_dict(), quantized.state_dict())
     assert all(value.dtype in (torch.float32, torch.uint8) for value in unet.state_dict().values())
+
+
+def test_gptq_sees_the_class_at_all_timesteps(world, tmp_path, monkeypatch):
+    """The base of gptq is what quantize makes of data that are noisy class images."""
+    calibration_data = stable_diffusion.calibration_data
+    monkeypatch.setattr(stable_diffusion, "calibration_data", partial(calibration_data, n=4))
+    assert run(stable_diffusion, *flags(world), "--calibration", "gptq", "--out", tmp_path) == 0
+    pipe = stable_diffusion.load_pipeline(world / "model")
+    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    latents, words = stable_diffusion.encode(pipe, world / "dogs", "a dog", 8)
+    unet = UNet2DConditionModel.from_pretrained(world / "model", subfolder="unet")
+    data = calibration_data(latents, words, noise, "cpu", n=4)
+    quantize(unet, 4, calibration="gptq", data=data)
+    state = load(tmp_path / "base.pt", "Stable Diffusion base")["unet"]
+    assert state.keys() | deltas(unet).keys() == unet.state_dict().keys()
+    for name, value in state.items():
+        assert torch.equal(unet.state_dict()[name], value)
+    assert saved_deltas(tmp_path).any()
+
+    data = calibration_data(latents, words, noise, "cpu")
+    t = torch.cat([t for _, t, _ in data])
+    assert torch.equal(t // 100, (torch.arange(64) * 1000 // 64) // 100)
+    abar = noise.alphas_cumprod[t].view(-1, 1, 1, 1)
+    x_t = torch.cat([x for x, _, _ in data])
+    for n in range(64):  # one of the latents explains the noisy one, but for normal noise
+        eps = (x_t[n] - abar[n].sqrt() * latents) / (1 - abar[n]).sqrt()
+        assert (eps.std((1, 2, 3)) - 1).abs().min() < 0.3
+
+
+def test_a_run_is_not_resumed_with_other_images(world, tmp_path, capsys):
+    once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
+    shutil.copy(world / "run" / "state.pt", tmp_path)
+    images = tmp_path / "dogs"
+    shutil.copytree(world / "dogs", images)
+    state = load(tmp_path / "state.pt", "Stable Diffusion state")
+    state["args"] |= {"class_images": str(images), "base": str(world / "run" / "base.pt")}
+    save(state, tmp_path / "state.pt")
+    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 0
+
+    shutil.copy(world / "dog" / "1.png", images / "0.png")
+    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 2
+    assert "for which --class-images had other contents" in capsys.readouterr().err
+
+    shutil.copy(world / "dogs" / "0.png", images)
+    state["trained"] = {name: value[1:] for name, value in state["trained"].items()}
+    save(state, tmp_path / "state.pt")
+    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 2
+    assert "doesn't hold a whole state" in capsys.readouterr().err
 
 
 def test_checkpointing_and_a_shared_base_change_no_bit(world, tmp_path):
@@ -326,6 +375,7 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
             "--class-prompt",
             "x",
         ],
+        "needs --class-images": [*flags(world)[:8], "--calibration", "gptq"],
         "from 2 to 8": ["--model", "x", "--bits", 9],
         "can't be read": [*flags(world), "--model", tmp_path / "missing"],
         "can't be read (": [*flags(world), "--model", tmp_path / "damaged"],
