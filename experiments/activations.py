@@ -2,18 +2,20 @@
 on as floats. No integers are multiplied, so this shows what rounding costs in quality, and nothing
 of speed.
 
-The weights have 4 bits, by gptq. The grids are chosen in several ways, from coarse to fine: one
-range for all that reaches a layer; a range for each interval of timesteps; channels divided by
-factors of their own (TCAQ-DM, arXiv 2412.16700); a range for each half of a concatenated shortcut
-(Q-Diffusion, arXiv 2302.04304).
+The weights have 4 bits, by gptq. The grids are chosen in several ways: one range for all that
+reaches a layer; a range for each interval of timesteps; ranges of their own for the two tensors
+that a shortcut concatenates (Q-Diffusion, arXiv 2302.04304); channels divided by factors of their
+own (TCAQ-DM, arXiv 2412.16700).
 
-The factor r of a channel costs nothing when a model runs. The layer gets x / r, and its scale of
-that column becomes s_in * r:
+A channel's factor r costs nothing when a model runs. The weight's column is multiplied by it, which
+goes into the scale that the column has anyway, and the input is divided by it, which goes into the
+step of its grid:
 
-    y[o] = sum over i of  s_out[o] * (q[o, i] - z[o]) * s_in[i] r[i]  *  x[i] / r[i]
+    y[o] = sum over i of  s_out[o] * (q[o, i] - z[o]) * (s_in[i] * r[i])  *  step * (c[i] - z_x)
+    c[i] = round(x[i] / (r[i] * step)) + z_x
 
-A layer that multiplied integers could take no r but 1 / s_in: what is left of the columns' scales
-would stand inside of the sum.
+Only with r = 1 / s_in, up to a constant, is this a sum of products of integers, times scales. Any
+other r, r = 1 too, leaves a float in each product.
 """
 
 import copy
@@ -31,9 +33,9 @@ from runs import DIFFUSION, validation_loss
 from runtime import BASE, load_model
 from train import calibration_data
 
-WIDTHS = (8, 6, 4)  # bits of an activation
-INTERVALS = equal_edges(8, DIFFUSION.T)
-VALUES = 20_000  # that a range is fitted to, at most
+N_BITS = (8, 6, 4)  # of an activation
+INTERVALS = 8  # of timesteps, equal ones
+VALUES = 20_000  # a range is fitted to at most so many
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,30 @@ class Ranges:
     """How grids are chosen."""
 
     name: str  # what the log knows it by
-    by_interval: bool = False  # a range for each of INTERVALS, else one for all
+    by_interval: bool = False  # a range for each of the INTERVALS, else one for all
     factors: str = "1"  # of channels: "1", "peaks" or "1 / s_in"
-    halves: bool = False  # a range for each half of a shortcut, else one for both
-    low: float = 0.0  # the data are at timesteps from low * T to high * T
+    split: bool = False  # a range for each of two concatenated tensors, else one for both
+    low: float = 0.0  # the data for the ranges are at timesteps from low * T to high * T
     high: float = 1.0
 
 
-LADDER = [
+WAYS = [
     Ranges("one range"),
-    Ranges("a range for each interval", by_interval=True),
-    Ranges("+ factors of channels", by_interval=True, factors="peaks"),
-    Ranges("+ halves of shortcuts", by_interval=True, factors="peaks", halves=True),
-    Ranges("a range for each interval, factors 1 / s_in", by_interval=True, factors="1 / s_in"),
+    Ranges("by interval", by_interval=True),
+    Ranges("by interval, factors", by_interval=True, factors="peaks"),
+    Ranges("by interval, factors, split", by_interval=True, factors="peaks", split=True),
+    Ranges("by interval, split", by_interval=True, split=True),
+    Ranges("by interval, factors 1 / s_in", by_interval=True, factors="1 / s_in"),
     Ranges("one range, data of the first third", high=1 / 3),
     Ranges("one range, data of the last third", low=2 / 3),
 ]
 
 
 def measure(bits: int | None, ranges: Ranges | None, seed: int) -> dict[str, float]:
-    """The quality of the base with weights of 4 bits and activations of some: a line of the log.
+    """How good the base is with weights of 4 bits and activations of these bits.
 
-    bits: None for float activations. seed: of the data that weights and ranges are fitted to.
+    bits: None for float activations. seed: of the data that weights and ranges are fitted to, and
+    of the images that are drawn.
     """
     model = quantized_base(seed)
     if bits is None:
@@ -73,8 +77,8 @@ def measure(bits: int | None, ranges: Ranges | None, seed: int) -> dict[str, flo
     shares = rate_base(model, seed, n=50)
     return {
         "loss": validation_loss(model),
-        "plain": shares["plain images"][0],
-        "creatures": shares["creatures"][1],
+        "plain": shares["plain images"][0],  # show all that the caption says
+        "creatures": shares["creatures"][1],  # match a scene, pixel by pixel
     }
 
 
@@ -87,7 +91,8 @@ def quantized_base(seed: int) -> UNet:
 def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet:
     """A float copy of a quantized model that rounds what reaches the layers that were quantized.
 
-    Layers whose weights have 8 bits get inputs of 8 bits.
+    The ranges are fitted to what reaches a layer while no input is rounded. Layers whose weights
+    have 8 bits get inputs of 8 bits.
     """
     model = copy.deepcopy(quantized)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
@@ -99,17 +104,17 @@ def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet
     roundings = {}
     for name, layer in layers.items():
         x = seen[name]
-        factors = {
-            "1": torch.ones_like(layer.s_in),
-            "peaks": channel_peaks(x, interval),
-            "1 / s_in": 1 / layer.s_in,
-        }[ranges.factors]
+        factors = torch.ones_like(layer.s_in)
+        if ranges.factors == "peaks":
+            factors = channel_peaks(x, interval)
+        elif ranges.factors == "1 / s_in":
+            factors = 1 / layer.s_in
         layer.s_in.mul_(factors)
         n_bits = 8 if layer.n_bits == 8 else bits
         roundings[name] = Rounding(n_bits, factors, clock)
 
         parts = [x.shape[-1]]
-        if ranges.halves and name in splits:
+        if ranges.split and name in splits:
             parts = [splits[name], x.shape[-1] - splits[name]]
         roundings[name].fit(x, interval if ranges.by_interval else None, parts)
 
@@ -126,7 +131,7 @@ def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """What reaches a convolution, or a linear layer as it is: (N, ..., C)."""
+    """What reaches a layer, with its channels last: (N, ..., C). A linear layer's are anyway."""
     return x.movedim(1, -1) if x.dim() == 4 else x
 
 
@@ -156,14 +161,17 @@ def inputs_of_layers(model: UNet, layers: dict[str, nn.Module], data: list) -> d
 
 
 def shortcuts(model: UNet) -> dict[str, int]:
-    """The layers that read two concatenated tensors, and the number of channels of the first."""
+    """The layers that read two concatenated tensors, and the number of channels of the first.
+
+    The second is the shortcut. It has as many channels as the block's output.
+    """
     found = {}
     for i, stage in enumerate(model.up):
         if isinstance(stage, Stage):
             block = stage[0]
             c_in, c_out = block.norm1.num_channels, block.norm2.num_channels
             for name in ("conv1", "skip"):
-                found[f"up.{i}.0.{name}"] = c_in - c_out  # a shortcut has as many as the output
+                found[f"up.{i}.0.{name}"] = c_in - c_out
     return found
 
 
@@ -176,7 +184,7 @@ class Clock:
 
     @staticmethod
     def interval_of(t: Tensor) -> Tensor:
-        return bucket(t, INTERVALS)
+        return bucket(t, equal_edges(INTERVALS, DIFFUSION.T))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ class Clock:
 
 
 def channel_peaks(x: Tensor, interval: Tensor) -> Tensor:
-    """The largest magnitude of each channel in an interval, averaged over the intervals: (C,).
+    """Each channel's largest magnitude in an interval, as a mean over the intervals: (C,).
 
     x: (N, P, C). interval: (N,). A channel of zeros has 1.
     """
@@ -195,18 +203,20 @@ def channel_peaks(x: Tensor, interval: Tensor) -> Tensor:
 
 
 def fit_range(x: Tensor, n_bits: int) -> tuple[Tensor, Tensor]:
-    """The step and the zero point of the grid that x, of any shape, is rounded to best."""
+    """The step and the zero point of a grid for x, of any shape: the best of 80 ranges (mse)."""
     values = x.flatten()
-    stride = -(-len(values) // VALUES)
-    grid = mse(values[::stride].view(1, 1, -1, 1), n_bits)  # x as the weights of one row
+    if len(values) > VALUES:
+        generator = torch.Generator().manual_seed(0)
+        values = values[torch.randint(len(values), (VALUES,), generator=generator)]
+    grid = mse(values.view(1, 1, -1, 1), n_bits)  # the values as the weights of one row
     return grid.s_out.squeeze(), grid.zero_point.squeeze()
 
 
 class Rounding:
     """A forward pre-hook of a layer: divides its input by factors, and rounds that to a grid.
 
-    factors: (C,). The grid of the B intervals and C channels, scale and zero_point (B, C), is the
-    same for all channels of a range. B is 1 if all intervals share their ranges.
+    factors: (C,). step, zero_point: (B, C), for B intervals, or B = 1 for all of them. Channels
+    that share a range have the same.
     """
 
     def __init__(self, n_bits: int, factors: Tensor, clock: Clock):
@@ -222,21 +232,25 @@ class Rounding:
         x = x / self.factors
         samples = [slice(None)]
         if interval is not None:
-            samples = [interval == b for b in range(len(INTERVALS) - 1)]
-        scale = []
-        zero_point = []
-        for of_interval in samples:
-            fitted = [fit_range(part, self.n_bits) for part in x[of_interval].split(parts, -1)]
-            for found, values in ((scale, 0), (zero_point, 1)):
-                found.append(torch.cat([f[values].expand(c) for f, c in zip(fitted, parts)]))
-        self.scale = torch.stack(scale)
-        self.zero_point = torch.stack(zero_point)
+            samples = [interval == b for b in range(INTERVALS)]
+        self.step = torch.empty(len(samples), x.shape[-1])
+        self.zero_point = torch.empty(len(samples), x.shape[-1])
+        for b, of_interval in enumerate(samples):
+            c = 0
+            for part in x[of_interval].split(parts, -1):
+                channels = slice(c, c + part.shape[-1])
+                step, zero_point = fit_range(part, self.n_bits)
+                self.step[b, channels] = step
+                self.zero_point[b, channels] = zero_point
+                c = channels.stop
 
     def __call__(self, layer, args):
         x = channels_last(args[0]) / self.factors  # (N, ..., C)
-        row = self.clock.interval if len(self.scale) > 1 else torch.zeros(len(x), dtype=torch.long)
+        row = self.clock.interval  # (N,)
+        if len(self.step) == 1:
+            row = torch.zeros_like(row)
         ones = [1] * (x.dim() - 2)
-        scale = self.scale[row].view(len(x), *ones, -1)  # (N, 1, ..., 1, C)
+        step = self.step[row].view(len(x), *ones, -1)  # (N, 1, ..., 1, C)
         zero_point = self.zero_point[row].view(len(x), *ones, -1)
-        codes = ((x / scale).round() + zero_point).clamp(0, 2**self.n_bits - 1)
-        return channels_back((codes - zero_point) * scale)
+        codes = ((x / step).round() + zero_point).clamp(0, 2**self.n_bits - 1)
+        return channels_back((codes - zero_point) * step)

@@ -221,8 +221,8 @@ def ablations(args):
 def of_activations(args):
     """Round the activations, too: what is left of the base's quality?"""
     settings = {"float": (None, None)}
-    for bits in activations.WIDTHS:
-        for ranges in activations.LADDER:
+    for bits in activations.N_BITS:
+        for ranges in activations.WAYS:
             settings[f"{bits} bits, {ranges.name}"] = (bits, ranges)
     for seed in range(args.seeds):
         for name, setting in settings.items():

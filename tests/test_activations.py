@@ -6,7 +6,7 @@ import torch
 
 import activations
 from activations import (
-    LADDER,
+    WAYS,
     Clock,
     Ranges,
     Rounding,
@@ -29,7 +29,7 @@ def quantized():
     torch.manual_seed(0)
     model = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)  # no layer is zero, as at the start of training
+        torch.nn.init.normal_(p, std=0.1)  # at the start of training, some layers are zero
     return quantize(model.eval(), 4)
 
 
@@ -52,6 +52,17 @@ def test_factors_fold_into_s_in(quantized, factors, monkeypatch):
     torch.testing.assert_close(outputs(model, data), outputs(quantized, data), rtol=1e-4, atol=1e-5)
     assert len(used) == sum(isinstance(m, QuantLayer) for m in quantized.modules())
     assert all((r != 1).any() for r in used)
+
+
+def test_a_range_is_fitted_to_all_channels_alike(monkeypatch):
+    """Few of many values are looked at, and none of the channels is left out."""
+    x = torch.zeros(400, 160)  # a fixed stride of 25 would see every fifth channel
+    monkeypatch.setattr(activations, "VALUES", 2560)
+    for channel in range(160):
+        x.zero_()
+        x[:, channel] = 1
+        step, _ = fit_range(x, 8)
+        assert step == pytest.approx(1 / 255)
 
 
 @pytest.mark.parametrize("n_bits", [2, 4, 8])
@@ -81,7 +92,7 @@ def test_each_interval_and_each_part_has_its_own_grid():
     clock = Clock()
     rounding = Rounding(4, torch.ones(6), clock)
     rounding.fit(x, interval, [4, 2])
-    assert rounding.scale.shape == rounding.zero_point.shape == (8, 6)
+    assert rounding.step.shape == rounding.zero_point.shape == (8, 6)
     assert len(rounding.zero_point[:, 0].unique()) > 4
 
     clock.interval = interval[:5]
@@ -93,8 +104,8 @@ def test_each_interval_and_each_part_has_its_own_grid():
             torch.testing.assert_close(rounded[n, :, part], (codes - zero_point) * step)
 
     rounding.fit(x, None, [6])
-    assert len(rounding.scale) == 1
-    assert (rounding.scale == fit_range(x, 4)[0]).all()
+    assert len(rounding.step) == 1
+    assert (rounding.step == fit_range(x, 4)[0]).all()
 
 
 def test_images_are_rounded_as_their_rows_of_channels():
@@ -146,7 +157,7 @@ def test_shortcuts_are_where_two_tensors_meet(quantized):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranges", [LADDER[0], LADDER[3]], ids=lambda ranges: ranges.name)
+@pytest.mark.parametrize("ranges", [WAYS[0], WAYS[3]], ids=lambda ranges: ranges.name)
 def test_more_bits_are_nearer_to_floats(quantized, ranges, monkeypatch):
     monkeypatch.setattr(activations, "VALUES", 500)
     data = calibration_data(n=16)
@@ -158,11 +169,21 @@ def test_more_bits_are_nearer_to_floats(quantized, ranges, monkeypatch):
     assert errors[0] > 2 * errors[1] > 0
 
 
+def test_the_clock_reads_the_timesteps_of_the_call(quantized):
+    clock = Clock()
+    hook = quantized.register_forward_pre_hook(clock)
+    x = torch.randn(4, 3, 16, 16)
+    words = torch.zeros(4, toy.SLOTS, dtype=torch.long)
+    with torch.no_grad():
+        quantized(x, torch.tensor([0, 124, 125, 999]), words)
+    hook.remove()
+    assert clock.interval.tolist() == [0, 0, 1, 7]
+
+
 def test_layers_of_8_bits_get_inputs_of_8_bits(quantized, monkeypatch):
     widths = []
     monkeypatch.setattr(Rounding, "fit", lambda self, *_: widths.append(self.n_bits))
-    round_inputs(quantized, 4, LADDER[0], calibration_data(n=2))
+    round_inputs(quantized, 4, WAYS[0], calibration_data(n=2))
     expected = [m.n_bits for m in quantized.modules() if isinstance(m, QuantLayer)]
     assert widths == expected
     assert widths.count(8) == 2
-    assert activations.WIDTHS == (8, 6, 4)
