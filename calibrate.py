@@ -6,9 +6,9 @@ each column (input channel). The weight is replaced by
     W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]    codes in 0 .. 2^n_bits - 1
 
     minmax    the grid of each row reaches from its smallest to its largest weight; s_in is 1
-    mse       the range of each row is shrunk until the squared error is smallest; s_in is 1
+    mse       the range of each row is shrunk by what makes its squared error smallest; s_in is 1
     rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
-    gptq      a grid as by rowcol, with codes that keep the layer's outputs on given data right
+    gptq      a grid as by rowcol, with codes that keep the layer near the float one on given data
 
 Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K positions of the kernel
 (1 for a linear layer), which share the scale of their column. A calibration takes (w, n_bits) and
@@ -50,7 +50,7 @@ def nearest_codes(w: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> 
 def minmax(w: Tensor, n_bits: int, shrink: float = 1.0) -> Grid:
     """A grid for each row that reaches from its smallest to its largest weight, and includes 0.
 
-    Both ends are multiplied by shrink.
+    Both ends are multiplied by shrink, for mse.
     """
     low = w.amin((2, 3), keepdim=True).clamp(max=0) * shrink  # (G, O, 1, 1)
     high = w.amax((2, 3), keepdim=True).clamp(min=0) * shrink  # (G, O, 1, 1)
@@ -122,7 +122,7 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
         imbalance = largest / smallest
         best = torch.where(imbalance < least, c, best)
         least = imbalance.clamp(max=least)
-        # divide by at most 2 in a round, so that an outlier can't set a scale in a single one
+        # a round divides by at most 2, so that it takes more than one for an outlier to set a scale
         r = r * (row_std / smallest).clamp(max=2)
         c = c * (col_std / smallest).clamp(max=2)
     return best
@@ -132,7 +132,7 @@ def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
     A row or column of equal weights has none. Left at 0, it would be the smallest, which all others
-    are divided down to. So it counts as the largest, and stays out of their way.
+    are divided down to. So it counts as the largest, which changes neither.
     """
     std = w.std(dims, keepdim=True, correction=0)
     largest = std.amax((1, 2), True)
@@ -150,14 +150,18 @@ def least_squares_scale(w: Tensor, a: Tensor, old: Tensor, dims: tuple[int, int]
 # --------------------------------------------------------------------------------------------------
 
 
+DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
+
+
 class Moments(NamedTuple):
     """Sums over all samples and positions of a layer's inputs. A group has J = I * K inputs.
 
     x is what reaches the layer when all layers before it are quantized, x_float what reaches it in
-    the float network. With J = 11,520, h and cross take 531 MB each in float32.
+    the float network. With J = 11,520, the most in Stable Diffusion 1.5, h and cross take 531 MB
+    each in float32.
     """
 
-    h: Tensor  # (G, J, J), the sum of x x^T
+    h: Tensor  # (G, J, J), the sum of x x^T; half the Hessian of the squared error of an output
     cross: Tensor  # (G, J, J), the sum of x_float x^T
 
 
@@ -171,15 +175,16 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
 
     over all that the layer sees. The inputs of a layer are correlated, so the weights of some can
     make up for the errors of others. First match_outputs finds the float weights v for which the
-    sum is smallest. With them it is a constant plus the sum of |(v - w_hat) x|^2, so v is what is
-    rounded, and h is all that is needed of the data. Each weight of a row is rounded in turn. After
-    each, those that are still to be rounded move to where the sum is smallest again (compensate).
+    sum is smallest. For any w_hat, the sum is that smallest one plus the sum of |(v - w_hat) x|^2.
+    So v is what is rounded, and h is all that is needed of the data. Each weight of a row is
+    rounded in turn. After each, those that are still to be rounded move to where the sum is
+    smallest again (compensate).
 
     The grid is fitted to v, before the rounding starts, and stays. Weights that move beyond its
     ends are clamped, and those after them make up for that, too.
 
-    Data must come from all timesteps, because the sizes and correlations of the inputs depend on
-    the timestep.
+    Data must come from all timesteps of the diffusion, because the sizes and correlations of the
+    inputs depend on the timestep.
     """
     g, o, i, k = w.shape
     moved = []
@@ -188,8 +193,8 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
     v = torch.stack(moved).view_as(w)
 
     _, zero_point, s_out, s_in = rowcol(v, n_bits)
-    # W x = (W / s_in) (s_in x): multiply the inputs by s_in instead of the weights. Then the grid
-    # has a scale for each row only.
+    # v x = (v / s_in) (s_in x): with s_in moved from the weights to the inputs, the grid has a
+    # scale for each row only
     v = (v / s_in).reshape(g, o, i * k)
     s_of_input = s_in.expand(g, 1, i, k).reshape(g, 1, i * k)
     h = seen.h * s_of_input * s_of_input.mT
@@ -201,7 +206,8 @@ def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
     """The weights v (O, J) whose outputs on x come nearest to those of w (O, J) on x_float.
 
     They minimize the sum of |w x_float - v x|^2, so v = w cross h^-1 = w + w (cross - h) h^-1.
-    Damping adds a penalty on |w - v|^2, which keeps v near w for inputs that are nearly always 0.
+    Damping adds damping * |w - v|^2 to that, which keeps v near w for inputs that are nearly always
+    0. It makes h^-1 into (h + damping)^-1, and changes nothing else.
     """
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     damped = h + DAMPING * average(h) * eye
@@ -213,11 +219,11 @@ def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: 
 
     s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
 
-    Inputs with large values come first: their errors cost most, and all others can make up for
-    them. Let j be the input whose weight has been rounded, in this order, and error = w[j] -
-    w_hat[j]. Least squares then moves the weights of the inputs after it:
+    Inputs with large values come first: rounding their weights costs most, and all others can make
+    up for it. In this order, let j be the input whose weights have been rounded, one for each row,
+    and error = w[:, j] - w_hat[:, j]. Least squares then moves the weights of the inputs after it:
 
-        w[j + 1:] -= error * u[j, j + 1:] / u[j, j]         u upper triangular, u^T u = h^-1
+        w[:, j + 1:] -= error u[j, j + 1:] / u[j, j]        u upper triangular, u^T u = h^-1
     """
     order = h.diagonal().argsort(descending=True, stable=True)
     u = inverse_factor(h[order][:, order])
@@ -246,11 +252,8 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 
 def average(h: Tensor) -> Tensor:
-    """The mean of the diagonal of h: what an input has on average. At least 1e-30."""
+    """The mean of the diagonal of h: the sum of an input's squares, on average. At least 1e-30."""
     return h.diagonal().mean().clamp(min=1e-30)
-
-
-DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
 
 
 class Reached(Exception):
-    """Ends a call of a model early. It may be caught there: what the call returns isn't used."""
+    """Ends a call of a model early. If the model catches it, no harm is done."""
 
 
 def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
@@ -284,7 +287,7 @@ def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
 def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> list[Tensor]:
     """What reaches a layer when the model is called on each batch of data.
 
-    calls: how often the model calls the layer on a batch. After the last of them it is stopped.
+    calls: how often the model calls the layer on a batch. It is stopped as the last of them begins.
     """
     inputs = []
 
@@ -308,8 +311,8 @@ def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> lis
 def call(model: nn.Module, batch, seed: int = 0) -> None:
     """model(*batch), or model(**batch) if the batch is a dict.
 
-    The model gets a copy of the batch, which it may change. Its random numbers are the same each
-    time: the float and the quantized network must see the same data.
+    The model gets a copy of the batch, and may change it. PyTorch's random numbers depend on seed
+    alone: the float and the quantized network must see the same data.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -320,7 +323,7 @@ def call(model: nn.Module, batch, seed: int = 0) -> None:
 
 
 def copy_of(value):
-    """value with a copy of each of its tensors, in tuples, lists and dicts."""
+    """value with a copy of each of its tensors, in tuples, lists and dicts. Tuples become lists."""
     if torch.is_tensor(value):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -354,7 +357,7 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def pixels(conv: nn.Module) -> tuple[int, ...]:
-    """The padding of a Conv2d in pixels, which may also be "same" or "valid"."""
+    """The padding of a Conv2d in pixels; conv.padding may be "same" or "valid"."""
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
     return (0, 0) if conv.padding == "valid" else conv.padding

@@ -319,7 +319,7 @@ class QuantLayer(nn.Module):
         self.groups = getattr(layer, "groups", 1)
         self.bias = layer.bias
 
-        # sums depend on the order in memory: always channels_last, so that the codes don't
+        # sums depend on the order in memory, and codes shouldn't: it is always channels_last
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
@@ -586,11 +586,12 @@ def quantize(
     data: for gptq alone, batches that model is called with: tuples of positional arguments, or
         dicts of keyword arguments. They should show noisy images at all timesteps; a hundred images
         suffice. The model is called twice on each batch for each layer, and stopped at that layer
-        by an exception. It must take the same way each time.
+        by an exception. It must call the same layers in the same order each time.
 
     Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
-    no layer, for a model without layers to quantize, and for each layer that can't be quantized,
-    with its name and the reason (see why_not). Leave that one out by keep_float.
+    no module, for a model that is quantized already or has nothing to quantize, for data that don't
+    suit gptq, and for each layer that can't be quantized, with its name and the reason (see
+    why_not). Leave that one out by keep_float.
     """
     if edges is None:
         check_buckets(num_buckets, T)
@@ -601,17 +602,18 @@ def quantize(
     layers = find_layers(model, keep_float)
     keep8 = first_and_last_conv(layers) if keep8 is None else as_patterns(model, "keep8", keep8)
 
-    def make(layer, calibrate):
+    def build(layer, calibrate):
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
         bits = 8 if any(matches(name, keep8) for name in layers[layer]) else n_bits
         return kind(layer, bits, num_buckets, scales, calibrate)
 
     # All layers are made before the first is replaced: an error leaves the model as it was.
     if calibration == "gptq":
-        made = make_with_data(model, layers, make, data)
+        made = make_with_data(model, layers, build, data)
     else:
-        made = {layer: make(layer, CALIBRATIONS[calibration]) for layer in layers}
+        made = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
+    # the new layers come after this, because their deltas train
     inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
     model.requires_grad_(False)
     for delta in inner_deltas:
@@ -646,25 +648,26 @@ def put(model: nn.Module, layers: dict[nn.Module, list[str]], made: dict[nn.Modu
 
 
 @torch.no_grad()
-def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
+def make_with_data(model, layers, build, data) -> dict[nn.Module, nn.Module]:
     """Make the quantized layers by gptq, one after the other, in the order of the model's calls.
 
-    Each sees the errors of those before it, and makes up for them as far as it can. Besides the
-    float model and the packed layers, memory holds what one layer sees: its inputs for all batches,
-    in the float and in the quantized network, its Moments, and a few more matrices of their size.
+    build(layer, calibrate) makes one. Each sees the errors of those before it, and makes up for
+    them as far as it can. Besides the float model and the packed layers, memory holds what one
+    layer sees: its inputs for all batches, in the float and in the quantized network, its Moments,
+    and a few more matrices of their size.
     """
     data = as_batches(data)
     training = [module for module in model.modules() if module.training]
     made = {}
     try:
-        for module in training:  # no dropout, and no running statistics of BatchNorm
+        for module in training:  # no dropout, and BatchNorm keeps its statistics as they are
             module.training = False
-        # deltas are zero, so all samples can have the scales of bucket 0
+        # deltas are zero, so all samples can have the scales of bucket 0, and need no slots
         with batch_set(Batch(model, [0], torch.zeros(0, dtype=torch.long))):
             calls = count_calls(model, layers, data[0])
             check_called(layers, calls)
             for layer, count in calls.items():
-                made[layer] = make_one(model, layers, made, make, layer, count, data)
+                made[layer] = make_one(model, layers, made, build, layer, count, data)
     finally:
         put(model, layers, {})
         for module in training:
@@ -672,26 +675,26 @@ def make_with_data(model, layers, make, data) -> dict[nn.Module, nn.Module]:
     return made
 
 
-def make_one(model, layers, made, make, layer, count, data) -> nn.Module:
+def make_one(model, layers, made, build, layer, count, data) -> nn.Module:
     """The quantized layer for one float layer. count: how often the model calls it on a batch."""
-    put(model, layers, {})
+    put(model, layers, {})  # all layers are float
     x_float = inputs_of(layer, count, model, data)
-    put(model, layers, made)
+    put(model, layers, made)  # those before this one are quantized
     x = inputs_of(layer, count, model, data)
     name = layers[layer][0]
     if not x or [a.shape for a in x] != [a.shape for a in x_float]:
         raise ValueError(
             f"layer '{name}' isn't called in the same way each time; name it in keep_float"
         )
-    with torch.autocast(layer.weight.device.type, enabled=False):
+    with torch.autocast(layer.weight.device.type, enabled=False):  # the sums need float32
         seen = moments(layer, x, x_float)
-        size = seen.h.diagonal(dim1=-2, dim2=-1).sum(-1)
+        size = seen.h.diagonal(dim1=-2, dim2=-1).sum(-1)  # no element of h is larger
         if not size.isfinite().all() or not seen.cross.isfinite().all():
             raise ValueError(
                 f"layer '{name}' sees inputs that aren't finite, or too large to be squared; "
                 "correct data or model"
             )
-        return make(layer, partial(gptq, seen=seen))
+        return build(layer, partial(gptq, seen=seen))
 
 
 def as_batches(data) -> list:
@@ -722,14 +725,16 @@ def check_buckets(num_buckets, T):
     """Raise ValueError if 0 .. T can't be cut into num_buckets intervals."""
     if not 0 < T < float("inf"):
         raise ValueError(f"T must be a positive number, not {T}")
-    if num_buckets < 1 or (isinstance(T, int) and num_buckets > T):
-        raise ValueError(
-            f"num_buckets must be 1 to {T}, the number of timesteps: not {num_buckets}"
-        )
+    if num_buckets < 1:
+        raise ValueError(f"num_buckets must be at least 1, not {num_buckets}")
+    if isinstance(T, int) and num_buckets > T:
+        raise ValueError(f"num_buckets must be at most {T}, the timesteps, not {num_buckets}")
 
 
 def check_arguments(model, n_bits, edges, scales, calibration, timestep):
     """Raise ValueError if an argument of quantize is out of range."""
+    if hasattr(model, "quant_config"):
+        raise ValueError("the model is quantized already; give the float model, or merge this one")
     if n_bits not in range(2, 9):
         raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
     rising = all(low < high for low, high in zip(edges, edges[1:]))
@@ -757,7 +762,7 @@ def as_patterns(model: nn.Module, argument: str, patterns: str | list[str]) -> l
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
-                f"{argument} has '{pattern}', which fits no layer; correct or remove it"
+                f"{argument} has '{pattern}', which fits no module; correct or remove it"
             )
     return patterns
 
@@ -765,15 +770,20 @@ def as_patterns(model: nn.Module, argument: str, patterns: str | list[str]) -> l
 def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list[str]]:
     """Every Conv2d and Linear to replace, with its names: two, if it is used in two places.
 
-    Raises ValueError for the first that can't be quantized, and if there is none.
+    A layer is kept float in all places if one of its names is in keep_float. Raises ValueError for
+    the first that can't be quantized, and if there is none.
     """
+    modules = list(model.named_modules(remove_duplicate=False))
+    kept = {module for name, module in modules if matches(name, keep_float)}
     layers = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if matches(name, keep_float):
+    for name, module in modules:
+        if module in kept:
             continue
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention, QuantLayer)):
             continue
         reason = why_not(model, name, module)
+        if reason and name == "":
+            raise ValueError(f"the model itself {reason}")
         if reason:
             raise ValueError(f"layer '{name}' {reason}, or name it in keep_float")
         layers.setdefault(module, []).append(name)
@@ -804,11 +814,14 @@ def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
         own = getattr(type(layer), method) is not getattr(plain, method)
         if own or method in vars(layer):
             return f"is a {kind} with a {method} of its own: replace it by a plain {plain.__name__}"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    if has_hooks(layer):
         return "has hooks, such as those of weight_norm, that would be lost: remove them"
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer):
-        return "is in an nn.TransformerEncoderLayer, which reads its weight instead of calling it"
+        return (
+            "is in an nn.TransformerEncoderLayer, which reads its weight instead of calling it: "
+            "write that module out"
+        )
 
     if plain is nn.Conv2d:
         if layer.padding_mode != "zeros":
@@ -819,8 +832,16 @@ def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """True if something runs before or after the layer's forward or backward."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+
+
 def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
-    """The names of the first and the last convolution, which read and write the image itself."""
+    """The names of the first and the last convolution of the model, in the order of its modules.
+
+    In a UNet they read and write the image itself.
+    """
     convs = [names[0] for layer, names in layers.items() if isinstance(layer, nn.Conv2d)]
     return list(dict.fromkeys(convs[:1] + convs[-1:]))  # one name, if there is one convolution
 
@@ -874,7 +895,8 @@ def set_batch(model, args, kwargs):
 def clear_batch(model, *_):
     """After the model's forward, even if it failed: a layer called on its own then raises.
 
-    PyTorch calls no hook after KeyboardInterrupt. That batch stays, below those of later calls.
+    PyTorch calls no hook after KeyboardInterrupt. That batch then stays the current one, except
+    during later calls.
     """
     batch = current_batch.get()
     if batch is not None and batch.model is model and not batch.is_fixed:
@@ -891,14 +913,17 @@ def remember():
     return contextlib.nullcontext(), batch_set(current_batch.get())
 
 
-@contextlib.contextmanager
-def batch_set(batch: Batch | None):
-    """A context in which batch is the current one."""
-    token = current_batch.set(batch)
-    try:
-        yield
-    finally:
-        current_batch.reset(token)
+class batch_set:
+    """A context in which batch is the current one. Backward may run twice, and enter it again."""
+
+    def __init__(self, batch: Batch | None):
+        self.batch = batch
+
+    def __enter__(self):
+        self.token = current_batch.set(self.batch)
+
+    def __exit__(self, *error):
+        current_batch.reset(self.token)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -922,14 +947,19 @@ def canonical(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by their canonical names."""
+    return {canonical(name): value for name, value in model.named_parameters()}
+
+
 def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
     """SHA-256 over the base: all parameters but deltas, and the integers and scales of each layer.
 
     also: names of other parameters to leave out, because they are trained, too. Buffers may change
     in training, such as the running statistics of BatchNorm.
     """
-    trained = {*deltas(model), *also}
-    values = {canonical(name): value for name, value in model.named_parameters()}
+    trained = {*deltas(model), *map(canonical, also)}
+    values = parameters_of(model)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
             for key, value in layer.named_buffers():
@@ -945,23 +975,30 @@ def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
 
 
 def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
-    """All that fine-tuning has made, ready for torch.save: kilobytes.
+    """The parameters that were trained, ready for torch.save: kilobytes, if they are deltas.
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
     concatenated, as float16. also: names of other parameters that were trained and go with
-    them, as float16. Raises ValueError if one of all these numbers isn't finite there.
+    them, as float16. Raises ValueError if also has other names, or if a number isn't finite in
+    float16.
     """
     values = [delta.detach() for delta in deltas(model).values()]
     values = torch.cat(values).half().cpu()
-    others = {name: model.get_parameter(name).detach().half().cpu() for name in also}
+    parameters = parameters_of(model)
+    others = {}
+    for name in map(canonical, also):
+        if name not in parameters:
+            raise ValueError(f"also has '{name}', which is no parameter of the model; correct it")
+        others[name] = parameters[name].detach().half().cpu()
     for trained in (values, *others.values()):
         if not trained.isfinite().all():
             raise ValueError(
-                "a delta isn't finite in float16: the training has diverged, lower its rate"
+                "a trained number isn't finite in float16: the training has diverged, "
+                "lower its rate"
             )
     return {
         "quant_config": model.quant_config,
-        "fingerprint": fingerprint(model, also),
+        "fingerprint": fingerprint(model, others),
         "deltas": values,
         "also": others,
     }
@@ -970,16 +1007,18 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
 def load_adapter(model: nn.Module, saved: dict) -> None:
     """Put the deltas of an adapter into model, and what else was trained.
 
-    Raises ValueError if it was made for another quantized base. The model then stays as it was.
+    Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
+    as it was.
     """
     check_adapter(model, saved)
     mine = deltas(model).values()
     sizes = [delta.numel() for delta in mine]
+    parameters = parameters_of(model)
     with torch.no_grad():
         for delta, value in zip(mine, saved["deltas"].split(sizes)):
             delta.copy_(value)
         for name, value in saved.get("also", {}).items():
-            model.get_parameter(name).copy_(value)
+            parameters[name].copy_(value)
 
 
 def check_adapter(model: nn.Module, saved: dict) -> None:
@@ -994,7 +1033,7 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
             theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
             raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
     also = saved.get("also", {})
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     if not isinstance(also, dict) or not also.keys() <= parameters.keys():
         raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
     if saved.get("fingerprint") != fingerprint(model, also):
@@ -1021,7 +1060,8 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     """A copy of model with plain float layers, whose weights are those of one bucket.
 
     The copy has no trace of quantization, and all of it can be trained. Raises IndexError if there
-    is no such bucket, and ValueError if a quantized model is inside: it has buckets of its own.
+    is no such bucket, and ValueError if a quantized model is inside, which has buckets of its own,
+    or if a quantized layer has hooks, which would be lost.
     """
     inner = [name for name, m in model.named_modules() if name and hasattr(m, "quant_config")]
     if inner:
@@ -1033,6 +1073,8 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     plain_of = {}  # a layer used in two places stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, QuantLayer):
+            if has_hooks(layer):
+                raise ValueError(f"layer '{name}' has hooks that would be lost; remove them")
             if layer not in plain_of:
                 plain_of[layer] = plain_layer(layer, bucket_index)
             model.set_submodule(name, plain_of[layer])

@@ -12,9 +12,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import quant
-from quant import adapter, current_batch, deltas, fingerprint, load_adapter, merge, quantize
+from quant import (
+    QuantLayer,
+    adapter,
+    current_batch,
+    deltas,
+    fingerprint,
+    load_adapter,
+    merge,
+    quantize,
+    remember,
+)
 
 
 class Net(nn.Module):
@@ -152,6 +163,36 @@ def test_a_pattern_that_fits_nothing_is_refused(argument):
     assert type(model.first) is nn.Linear
 
 
+def test_a_layer_that_one_of_its_names_keeps_float_stays_shared():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    model["c"] = model["a"]
+    shared = model["a"]
+    quantize(model, 4, keep_float=["c"])
+    assert model["a"] is model["c"] is shared
+    assert isinstance(model["b"], QuantLayer)
+
+
+def test_a_model_is_not_quantized_twice():
+    model = quantize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 4, keep_float=["1"])
+    with pytest.raises(ValueError, match="is quantized already; give the float model, or merge"):
+        quantize(model, 4, keep_float=["0"])
+    quantize(merge(model), 4)
+
+
+def test_a_layer_alone_is_refused_by_what_it_is():
+    with pytest.raises(ValueError, match="^the model itself is a Linear: give"):
+        quantize(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    "num_buckets, T, sentence",
+    [(0, 0.5, "at least 1, not 0"), (0, 10, "at least 1, not 0"), (11, 10, "at most 10, the time")],
+)
+def test_a_number_of_buckets_out_of_range_says_the_range(num_buckets, T, sentence):
+    with pytest.raises(ValueError, match=f"num_buckets must be {sentence}"):
+        quantize(nn.Sequential(nn.Linear(4, 4)), 4, num_buckets, T)
+
+
 def test_a_model_with_nothing_to_quantize_is_refused():
     with pytest.raises(ValueError, match="no Conv2d or Linear"):
         quantize(nn.Sequential(nn.ReLU()))
@@ -197,6 +238,23 @@ def test_a_model_that_calls_itself_returns_to_its_own_timesteps():
     hook.remove()
     assert torch.equal(inner[1], model(x, torch.tensor([999, 0])))
     assert current_batch.get() is None
+
+
+def test_backward_through_a_checkpoint_may_run_twice():
+    model = spread(quantize(Net(), 4, 2))
+    x = torch.randn(3, 6)
+    t = torch.tensor([0, 999, 0])
+
+    def run(x):
+        return checkpoint(model.first, x, use_reentrant=False, context_fn=remember)
+
+    model.forward = lambda x, t: model.last(F.silu(run(x)))
+    y = model(x, t).sum()
+    y.backward(retain_graph=True)
+    once = [delta.grad.clone() for delta in deltas(model).values()]
+    y.backward()
+    for grad, delta in zip(once, deltas(model).values()):
+        torch.testing.assert_close(delta.grad, 2 * grad)
 
 
 def test_data_parallel_replicas_compute_the_same():
@@ -374,6 +432,35 @@ def test_numpy_numbers_are_stored_as_pythons_own(tmp_path):
     assert saved["quant_config"]["n_bits"] == 4 and saved["quant_config"]["edges"] == [0, 10, 1000]
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: WithModule(model)])
+def test_what_else_was_trained_travels_between_a_model_and_a_wrapped_one(wrap):
+    def tuned():
+        torch.manual_seed(0)
+        return quantize(nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5)), 4)
+
+    wrapped = wrap(tuned())
+    name = next(name for name, _ in wrapped.named_parameters() if name.endswith("1.weight"))
+    with torch.no_grad():
+        wrapped.get_parameter(name).fill_(3)
+    wrapped.quant_config = tuned().quant_config
+    saved = adapter(wrapped, also=(n for n in [name]))  # names may come from a generator
+    assert saved["also"].keys() == {"1.weight"}
+
+    model = tuned()
+    load_adapter(model, saved)
+    assert (model[1].weight == 3).all()
+    back = wrap(tuned())
+    back.quant_config = model.quant_config
+    load_adapter(back, adapter(model, also=["1.weight"]))
+    assert (back.get_parameter(name) == 3).all()
+
+
+def test_a_name_of_no_parameter_is_refused():
+    model = quantize(nn.Sequential(nn.Linear(6, 5)), 4)
+    with pytest.raises(ValueError, match="also has 'word', which is no parameter"):
+        adapter(model, also=["word"])
+
+
 def test_a_delta_that_float16_cannot_hold_is_not_saved():
     model = quantize(Net())
     with torch.no_grad():
@@ -430,6 +517,15 @@ def test_what_is_no_adapter_is_refused(saved):
 
 # --------------------------------------------------------------------------------------------------
 # Merged copies
+
+
+def test_a_layer_whose_hooks_would_be_lost_is_not_merged():
+    model = quantize(nn.Sequential(nn.Linear(4, 4)), 4)
+    hook = model[0].register_forward_hook(lambda layer, args, y: 2 * y)
+    with pytest.raises(ValueError, match="layer '0' has hooks that would be lost"):
+        merge(model)
+    hook.remove()
+    merge(model)
 
 
 def test_a_merged_copy_is_a_plain_model_that_trains():

@@ -564,7 +564,7 @@ REFUSED = [  # how to make a model, the arguments of quantize, a part of the err
     (circular, {}, "circular"),
     (uneven, {}, "unevenly"),
     (partial(nn.TransformerEncoderLayer, 8, 2), {}, "MultiheadAttention"),
-    (partial(quantized, 1), {}, "QuantConv2d"),
+    (partial(quantized, 1), {}, "is quantized already"),
 ]
 
 
