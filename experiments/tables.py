@@ -256,7 +256,9 @@ def recovery(args):
     recover_all(args, calibrations + scale_sets)
     show_calibrations(args, calibrations)
     show_thirds(args)
-    show_scale_sets(args, scale_sets)
+    show_scale_sets(args, "scale sets", scale_sets)
+    short = [s for s in scale_sets if s.bits == 4 and s.calibration == "gptq" and s.steps == 300]
+    show_scale_sets(args, "scale sets, in short", short)
 
 
 def recover_all(args, settings):
@@ -316,7 +318,7 @@ def show_calibrations(args, settings):
     show(args, "validation loss", columns, rows)
 
 
-def show_scale_sets(args, settings):
+def show_scale_sets(args, title, settings):
     """A table of the loss by what is trained, and its difference from one set, seed by seed."""
     rows = []
     for setting in settings:
@@ -333,7 +335,7 @@ def show_scale_sets(args, settings):
         cells = [start, str(setting.steps), setting.method, mean_sd(after, 5), difference]
         rows.append([*cells, str(len(runs))])
     columns = ["start", "steps", "method", "tuned", f"minus {ONE_SET}", "runs"]
-    show(args, "scale sets", columns, rows)
+    show(args, title, columns, rows)
 
 
 TABLES = {
