@@ -1028,15 +1028,18 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
     config = saved.get("quant_config") if isinstance(saved, dict) else None
     if not isinstance(config, dict):
         raise ValueError(f"{other}, or is damaged: it has no quant_config; {give}")
-    for key, mine in model.quant_config.items():
-        if config.get(key) != mine:
-            theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
-            raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
     also = saved.get("also", {})
     parameters = parameters_of(model)
     if not isinstance(also, dict) or not also.keys() <= parameters.keys():
         raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
-    if saved.get("fingerprint") != fingerprint(model, also):
+    same_base = saved.get("fingerprint") == fingerprint(model, also)
+    for key, mine in model.quant_config.items():
+        if key == "calibration" and same_base:
+            continue  # a model quantized by minmax may have been filled with a saved base
+        if config.get(key) != mine:
+            theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
+            raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
+    if not same_base:
         raise ValueError(f"{other}, of other weights or another dtype; {give}")
 
     count = sum(delta.numel() for delta in deltas(model).values())
