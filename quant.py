@@ -834,11 +834,13 @@ def why_not(model: nn.Module, name: str, layer: nn.Module) -> str | None:
 
 def has_hooks(layer: nn.Module) -> bool:
     """True if something runs before or after the layer's forward or backward."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    forward = layer._forward_pre_hooks or layer._forward_hooks
+    backward = layer._backward_pre_hooks or layer._backward_hooks
+    return bool(forward or backward)
 
 
 def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
-    """The names of the first and the last convolution of the model, in the order of its modules.
+    """The names of the first and the last convolution of layers, in the order of the modules.
 
     In a UNet they read and write the image itself.
     """
@@ -934,7 +936,7 @@ class batch_set:
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by name: d_out_b (O,) and d_in_b (I,) of each layer and bucket b."""
     found = {}
-    for name, layer in model.named_modules():
+    for name, layer in unwrapped(model).named_modules():
         if isinstance(layer, QuantLayer):
             for key, parameter in layer.named_parameters():
                 if key != "bias":
@@ -942,14 +944,42 @@ def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that quantize was given, if DistributedDataParallel or the like is around it."""
+    inner = model
+    while "quant_config" not in vars(inner):
+        children = list(inner.children())
+        if len(children) != 1:
+            return model
+        inner = children[0]
+    return inner
+
+
 def canonical(name: str) -> str:
-    """The name of a parameter without what torch.compile and DistributedDataParallel put before."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """The name of a parameter without what torch.compile adds for a part of the model."""
+    return name.replace("_orig_mod.", "")
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by their canonical names."""
-    return {canonical(name): value for name, value in model.named_parameters()}
+    """All parameters by their canonical names: two, if it is used in two places."""
+    named = unwrapped(model).named_parameters(remove_duplicate=False)
+    return {canonical(name): value for name, value in named}
+
+
+def named_by(also: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that also names, by their canonical names: the first, if there are two.
+
+    Raises ValueError for a name that no parameter has, neither in model nor in what it wraps.
+    """
+    parameters = parameters_of(model)
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **parameters}
+    found = {}
+    for name in also:
+        if name not in named:
+            raise ValueError(f"also has '{name}', which is no parameter of the model; correct it")
+        first = next(key for key, value in parameters.items() if value is named[name])
+        found[first] = named[name]
+    return found
 
 
 def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
@@ -958,8 +988,9 @@ def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
     also: names of other parameters to leave out, because they are trained, too. Buffers may change
     in training, such as the running statistics of BatchNorm.
     """
-    trained = {*deltas(model), *map(canonical, also)}
-    values = parameters_of(model)
+    trained = {id(p) for p in (*deltas(model).values(), *named_by(also, model).values())}
+    model = unwrapped(model)
+    values = {canonical(name): value for name, value in model.named_parameters()}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
             for key, value in layer.named_buffers():
@@ -967,7 +998,7 @@ def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
 
     digest = hashlib.sha256()
     for name, value in values.items():
-        if name not in trained:
+        if id(value) not in trained:
             as_bytes = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(name.encode())
             digest.update(as_bytes.numpy().tobytes())
@@ -984,12 +1015,9 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
     """
     values = [delta.detach() for delta in deltas(model).values()]
     values = torch.cat(values).half().cpu()
-    parameters = parameters_of(model)
     others = {}
-    for name in map(canonical, also):
-        if name not in parameters:
-            raise ValueError(f"also has '{name}', which is no parameter of the model; correct it")
-        others[name] = parameters[name].detach().half().cpu()
+    for name, parameter in named_by(also, model).items():
+        others[name] = parameter.detach().half().cpu().clone()
     for trained in (values, *others.values()):
         if not trained.isfinite().all():
             raise ValueError(
@@ -997,7 +1025,7 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
                 "lower its rate"
             )
     return {
-        "quant_config": model.quant_config,
+        "quant_config": unwrapped(model).quant_config,
         "fingerprint": fingerprint(model, others),
         "deltas": values,
         "also": others,
@@ -1033,11 +1061,11 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
     if not isinstance(also, dict) or not also.keys() <= parameters.keys():
         raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
     same_base = saved.get("fingerprint") == fingerprint(model, also)
-    for key, mine in model.quant_config.items():
+    for key, mine in unwrapped(model).quant_config.items():
         if key == "calibration" and same_base:
             continue  # a model quantized by minmax may have been filled with a saved base
-        if config.get(key) != mine:
-            theirs = reprlib.repr(config.get(key))  # shortened, as a damaged file may hold anything
+        if repr(config.get(key)) != repr(mine):  # a damaged file may hold what can't be compared
+            theirs = reprlib.repr(config.get(key))  # shortened
             raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
     if not same_base:
         raise ValueError(f"{other}, of other weights or another dtype; {give}")
@@ -1066,6 +1094,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     is no such bucket, and ValueError if a quantized model is inside, which has buckets of its own,
     or if a quantized layer has hooks, which would be lost.
     """
+    model = unwrapped(model)
     inner = [name for name, m in model.named_modules() if name and hasattr(m, "quant_config")]
     if inner:
         raise ValueError(f"'{inner[0]}' is a quantized model inside of this one; merge it first")

@@ -24,6 +24,7 @@ The learning rate is DiffFit's for scale factors (Xie et al. 2023); it wasn't tu
 The same seed gives the same adapter on a CPU; on a GPU, PyTorch's attention sums in no fixed order.
 """
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -114,7 +115,8 @@ def arguments():
         parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
     if bool(args.class_images) != bool(args.class_prompt):
         parser.error("--class-images and --class-prompt belong together; give both, or neither")
-    if args.subject and args.calibration == "gptq" and not args.class_images:
+    makes_base = args.subject and not args.base.exists()
+    if makes_base and args.calibration == "gptq" and not args.class_images:
         parser.error("--calibration gptq needs --class-images; give them, or use rowcol")
     return args
 
@@ -163,18 +165,28 @@ def read_image(path, size):
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
-@torch.no_grad()
-def encode(pipe, folder, prompt, size):
-    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
+def images_in(folder):
+    """The paths of a folder's images."""
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
     if not paths:
         raise ValueError(f"{folder} holds no images ({' '.join(IMAGES)}); give a folder that does")
+    return paths
+
+
+def checksum_of(folder):
+    """A checksum of the files of a folder's images."""
+    return checksum([hashlib.sha256(path.read_bytes()).hexdigest() for path in images_in(folder)])
+
+
+@torch.no_grad()
+def encode(pipe, folder, prompt, size):
+    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
     tokens = len(pipe.tokenizer(prompt).input_ids)
     if tokens > pipe.tokenizer.model_max_length:
         raise ValueError(f"'{prompt}' has {tokens} tokens, too many for the model; shorten it")
 
     latents = []
-    for path in tqdm(paths, f"encoding {folder.name}", leave=False):
+    for path in tqdm(images_in(folder), f"encoding {folder.name}", leave=False):
         image = read_image(path, size).to(pipe.device)
         latents.append(pipe.vae.encode(image).latent_dist.mean.cpu())
     latents = torch.cat(latents) * pipe.vae.config.scaling_factor
@@ -373,9 +385,9 @@ def train(args):
     if base["made"] != made_by(args):
         flags = " ".join(f"--{key} {value}" for key, value in base["made"].items())
         raise ValueError(f"{args.base} was made with {flags}; give the same, or another --base")
-    inputs = {"base": checksum(base["unet"]), "subject": checksum(list(data[0]))}
+    inputs = {"base": checksum(base["unet"]), "subject": checksum_of(args.subject)}
     if args.class_images:
-        inputs["class-images"] = checksum(list(data[1]))
+        inputs["class-images"] = checksum_of(args.class_images)
     state = load_state(args, "Stable Diffusion state", inputs) if args.resume else None
     unet = build(base, args.buckets).to(args.device)
     if args.checkpoint:

@@ -179,8 +179,8 @@ class Clock:
     """A forward pre-hook of a model: remembers the interval of each sample of the batch, (N,)."""
 
     def __call__(self, model, args):
-        x, t, _ = args
-        self.interval = self.interval_of(t).expand(len(x))
+        _, t, _ = args
+        self.interval = self.interval_of(t)
 
     @staticmethod
     def interval_of(t: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def prepare(setting: Recovery, seed: int):
     data = calibration_data(seed=seed)
     if METHODS[setting.method] is None:
         torch.manual_seed(seed)  # LoRA's first matrices are random
-        return lora_packed(model, 2, setting.bits, setting.calibration, data), 0.003
+        return lora_packed(model, 2, setting.bits, setting.calibration, data), 0.01
     scales, num_buckets = METHODS[setting.method]
     quantize(
         model,

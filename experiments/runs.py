@@ -309,7 +309,8 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
     """What two subjects in one picture show: a mean over the creatures for each key of SHOWN.
 
     images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
-    right (7,). A wrong part is the other subject's by chance, too: once for all wrong options.
+    right (7,). With k options, a wrong part is the other subject's by chance with probability
+    1 / (k - 1). This counts a marking of the body's color, too, which doesn't exist.
     """
     shown = {key: [] for key in SHOWN}
     options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])

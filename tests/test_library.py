@@ -400,8 +400,10 @@ def test_an_adapter_of_a_wrapped_model_fits_the_model(wrap):
     wrapped = wrap(model)
     assert fingerprint(wrapped) == fingerprint(model)
     assert list(deltas(wrapped)) == list(deltas(model))
-    wrapped.quant_config = model.quant_config
     load_adapter(quant_copy(model), adapter(wrapped))
+    load_adapter(wrapped, adapter(model))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(merge(wrapped)(x), merge(model)(x))
 
 
 class WithModule(nn.Module):
@@ -442,7 +444,6 @@ def test_what_else_was_trained_travels_between_a_model_and_a_wrapped_one(wrap):
     name = next(name for name, _ in wrapped.named_parameters() if name.endswith("1.weight"))
     with torch.no_grad():
         wrapped.get_parameter(name).fill_(3)
-    wrapped.quant_config = tuned().quant_config
     saved = adapter(wrapped, also=(n for n in [name]))  # names may come from a generator
     assert saved["also"].keys() == {"1.weight"}
 
@@ -450,9 +451,44 @@ def test_what_else_was_trained_travels_between_a_model_and_a_wrapped_one(wrap):
     load_adapter(model, saved)
     assert (model[1].weight == 3).all()
     back = wrap(tuned())
-    back.quant_config = model.quant_config
     load_adapter(back, adapter(model, also=["1.weight"]))
     assert (back.get_parameter(name) == 3).all()
+
+
+class ModuleAndMore(nn.Module):
+    """A model of its own with a child called module, as wrappers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.module = nn.LayerNorm(4)
+        self.weight = nn.Parameter(torch.full((4,), 3.0))
+        self.again = self.module
+
+
+def test_parameters_are_told_apart_by_name_and_by_identity():
+    model = quantize(ModuleAndMore(), 4)
+    with torch.no_grad():
+        model.module.weight.fill_(7)
+    saved = adapter(model, also=["weight", "again.weight"])
+    assert (saved["also"]["weight"] == 3).all()
+    assert (saved["also"]["module.weight"] == 7).all()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.weight.fill_(1)
+    assert fingerprint(model) != before  # weight isn't trained, unless also says so
+    with torch.no_grad():
+        model.module.weight.fill_(2)
+    load_adapter(model, saved)
+    assert (model.module.weight == 7).all() and (model.weight == 3).all()
+
+
+def test_an_adapter_does_not_change_with_the_model():
+    model = quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 4).half()
+    saved = adapter(model, also=["1.weight"])
+    with torch.no_grad():
+        model[1].weight.fill_(9)
+    assert (saved["also"]["1.weight"] == 1).all()
 
 
 def test_a_name_of_no_parameter_is_refused():
@@ -521,10 +557,15 @@ def test_what_is_no_adapter_is_refused(saved):
 
 def test_a_layer_whose_hooks_would_be_lost_is_not_merged():
     model = quantize(nn.Sequential(nn.Linear(4, 4)), 4)
-    hook = model[0].register_forward_hook(lambda layer, args, y: 2 * y)
-    with pytest.raises(ValueError, match="layer '0' has hooks that would be lost"):
-        merge(model)
-    hook.remove()
+    hooks = [
+        lambda: model[0].register_forward_hook(lambda layer, args, y: 2 * y),
+        lambda: model[0].register_full_backward_pre_hook(lambda layer, g: None),
+    ]
+    for register in hooks:
+        hook = register()
+        with pytest.raises(ValueError, match="layer '0' has hooks that would be lost"):
+            merge(model)
+        hook.remove()
     merge(model)
 
 

@@ -171,7 +171,7 @@ def test_gptq_sees_the_class_at_all_timesteps(world, tmp_path, monkeypatch):
         assert (eps.std((1, 2, 3)) - 1).abs().min() < 0.3
 
 
-def test_a_run_is_not_resumed_with_other_images(world, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_other_images(world, tmp_path, capsys, monkeypatch):
     once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
     shutil.copy(world / "run" / "state.pt", tmp_path)
     images = tmp_path / "dogs"
@@ -180,6 +180,12 @@ def test_a_run_is_not_resumed_with_other_images(world, tmp_path, capsys):
     state["args"] |= {"class_images": str(images), "base": str(world / "run" / "base.pt")}
     save(state, tmp_path / "state.pt")
     assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 0
+
+    # another device encodes the same images to other latents
+    encode = stable_diffusion.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(stable_diffusion, "encode", lambda *args: [1.001 * x for x in encode(*args)])
+        assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 0
 
     shutil.copy(world / "dog" / "1.png", images / "0.png")
     assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 2
