@@ -39,9 +39,14 @@ class Recovery:
     steps: int = 300
 
     @property
+    def start(self) -> str:
+        """How the base is quantized."""
+        return f"{self.bits} bits, {self.calibration}"
+
+    @property
     def name(self) -> str:
         """What the log knows it by."""
-        name = f"{self.bits} bits, {self.calibration}"
+        name = self.start
         if self.method != ONE_SET:
             name += f", {self.method}"
         if self.steps != 300:

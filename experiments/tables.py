@@ -47,7 +47,6 @@ from runtime import BASE, Parser, guard, load_model
 IN_SHORT = [  # the README's rows
     "the base",
     "full precision",
-    "untuned, 4 bits",
     "PEQA, 4 bits",
     MINE,
     "TuneQDM, N = 2, 4 bits",
@@ -256,9 +255,8 @@ def recovery(args):
     recover_all(args, calibrations + scale_sets)
     show_calibrations(args, calibrations)
     show_thirds(args)
-    show_scale_sets(args, "scale sets", scale_sets)
-    short = [s for s in scale_sets if s.bits == 4 and s.calibration == "gptq" and s.steps == 300]
-    show_scale_sets(args, "scale sets, in short", short)
+    show_scale_sets(args, scale_sets)
+    show_scale_sets_in_short(args, scale_sets)
 
 
 def recover_all(args, settings):
@@ -318,7 +316,7 @@ def show_calibrations(args, settings):
     show(args, "validation loss", columns, rows)
 
 
-def show_scale_sets(args, title, settings):
+def show_scale_sets(args, settings):
     """A table of the loss by what is trained, and its difference from one set, seed by seed."""
     rows = []
     for setting in settings:
@@ -331,11 +329,27 @@ def show_scale_sets(args, title, settings):
         difference = ""
         if both and setting.method != ONE_SET:
             difference = mean_sd([runs[s]["after"] - one_set[s]["after"] for s in both], 5)
-        start = f"{setting.bits} bits, {setting.calibration}"
-        cells = [start, str(setting.steps), setting.method, mean_sd(after, 5), difference]
+        cells = [setting.start, str(setting.steps), setting.method, mean_sd(after, 5), difference]
         rows.append([*cells, str(len(runs))])
     columns = ["start", "steps", "method", "tuned", f"minus {ONE_SET}", "runs"]
-    show(args, title, columns, rows)
+    show(args, "scale sets", columns, rows)
+
+
+def show_scale_sets_in_short(args, settings):
+    """A table of the loss after 300 steps: a row for each method, a column for each start."""
+    cells = {}  # of each method, by start
+    starts = []
+    for setting in settings:
+        runs = recoveries_of(args, setting).values()
+        if setting.steps == 300 and runs:
+            row = cells.setdefault(setting.method, {})
+            row[setting.start] = mean_sd([run["after"] for run in runs], 5)
+            if setting.start not in starts:
+                starts.append(setting.start)
+    rows = []
+    for method, row in cells.items():
+        rows.append([method, *[row.get(start, "") for start in starts]])
+    show(args, "scale sets, in short", ["loss after tuning", *starts], rows)
 
 
 TABLES = {

@@ -11,7 +11,7 @@ import report
 import tables
 from data import toy
 from recovery import Recovery
-from runs import Row, by_name, losses
+from runs import Row, append, by_name, losses
 
 LOG = ROOT / "experiments" / "runs.jsonl"
 
@@ -105,6 +105,21 @@ def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
     assert "| 2 | minmax | 0.44000 | 0.14000 ± 0.00082 | 75% | 3 |" in out
     assert "| 32 | full precision | 0.04000 | 0.05000 ± 0.00082 |  | 3 |" in out
     assert "rowcol" not in out
+
+
+def test_scale_sets_stand_beside_their_starts(tmp_path, capsys):
+    log = tmp_path / "runs.jsonl"
+    runs = [("4 bits, rowcol", 0.5), ("4 bits, rowcol, PEQA", 0.6), ("2 bits, gptq", 0.7)]
+    for name, after in runs:
+        append(log, {"recovery": name, "seed": 0}, {"before": 1, "after": after})
+    tables.recovery(args_of(tmp_path, rows=["none"]))
+    short = capsys.readouterr().out.split("scale sets, in short\n\n")[1].splitlines()
+    assert short == [
+        "| loss after tuning | 4 bits, rowcol | 2 bits, gptq |",
+        "| --- | --- | --- |",
+        "| PEQA | 0.60000 |  |",
+        "| TuneQDM, N = 1 | 0.50000 | 0.70000 |",
+    ]
 
 
 def spoil(text, title, row, wrong):
