@@ -160,7 +160,7 @@ def test_shortcuts_are_where_two_tensors_meet(quantized):
 @pytest.mark.parametrize("ranges", [WAYS[0], WAYS[3]], ids=lambda ranges: ranges.name)
 def test_more_bits_are_nearer_to_floats(quantized, ranges, monkeypatch):
     monkeypatch.setattr(activations, "VALUES", 500)
-    data = calibration_data(n=16)
+    data = calibration_data(n=8)
     exact = outputs(quantized, data)
     errors = []
     for bits in (2, 8):

@@ -112,8 +112,9 @@ def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path)
     words = torch.zeros(1, toy.SLOTS, dtype=torch.long)
     for model in (equal, log_snr):
         layer = next(m for m in model.modules() if isinstance(m, QuantLayer))
-        layer.register_forward_hook(lambda *_: seen.append(current_batch.get().buckets))
+        hook = layer.register_forward_hook(lambda *_: seen.append(current_batch.get().buckets))
         model(torch.zeros(1, 3, 16, 16), torch.tensor([700]), words)
+        hook.remove()
         for name, delta in deltas(model).items():
             nn.init.constant_(delta, 0.1 * int(name.rpartition("_")[2]))  # each bucket has others
     assert seen == [[2], [int(bucket(700, runs.log_snr_edges(4)))]]
@@ -142,8 +143,9 @@ def test_tune_scores_and_counts(small_base, tmp_path, monkeypatch, name):
     row = ROWS[name]
     short = replace(row, flags=f"{row.flags} --steps 2 --sample-steps 2")
     got = runs.tune(args, short, "bix+fen", 0)
-    assert set(got) == {"trained", "bytes", "base bytes", *runs.SCORES}
+    assert set(got) == {"trained", "bytes", "base bytes", *runs.SCORES, *runs.SHOWN}
     assert all(0 <= got[key] <= 1 for key in runs.SCORES)
+    assert sum(got[key] for key in runs.SHOWN if key.startswith("shown")) == pytest.approx(1)
 
     model, _ = runs.prepare(args, row, "bix+fen", 0)
     assert got["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
