@@ -613,7 +613,7 @@ def quantize(
     else:
         made = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
-    # the new layers come after this, because their deltas train
+    # before the new layers come in: their deltas train
     inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
     model.requires_grad_(False)
     for delta in inner_deltas:

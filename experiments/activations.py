@@ -236,13 +236,13 @@ class Rounding:
         self.step = torch.empty(len(samples), x.shape[-1])
         self.zero_point = torch.empty(len(samples), x.shape[-1])
         for b, of_interval in enumerate(samples):
-            c = 0
+            start = 0
             for part in x[of_interval].split(parts, -1):
-                channels = slice(c, c + part.shape[-1])
+                channels = slice(start, start + part.shape[-1])
                 step, zero_point = fit_range(part, self.n_bits)
                 self.step[b, channels] = step
                 self.zero_point[b, channels] = zero_point
-                c = channels.stop
+                start = channels.stop
 
     def __call__(self, layer, args):
         x = channels_last(args[0]) / self.factors  # (N, ..., C)

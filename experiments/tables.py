@@ -228,9 +228,13 @@ def of_activations(args):
             key = {"activations": name, "seed": seed}
             if is_due(args, name, key):
                 append(args.log, key, activations.measure(*setting, seed))
+    show_activations(args, list(settings))
 
+
+def show_activations(args, names):
+    """A table of the loss, and of what is right in the images, for each way to round."""
     rows = []
-    for name in settings:
+    for name in names:
         runs = lines(args.log, activations=name)
         if runs:
             cells = [mean_sd([run["loss"] for run in runs], 4)]
