@@ -544,8 +544,11 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     if RANK == 0:  # it holds the lock of the folder
         remove_leftovers(args.out)
     was = saved.get("args")
+    inputs = inputs or {}
     inputs_then = saved.get("inputs", {})
     if not isinstance(was, dict) or not isinstance(inputs_then, dict):
+        raise not_whole(path)
+    if not inputs.keys() <= inputs_then.keys():
         raise not_whole(path)
     differ = [key for key, value in describe(args).items() if was.get(key) != value]
     if not set(differ) <= set(may_differ):
@@ -554,8 +557,8 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
         raise ValueError(
             f"{path} comes from a run with {flags}; resume with the same, or choose another --out"
         )
-    for flag, value in (inputs or {}).items():
-        if inputs_then.get(flag) != value:
+    for flag, value in inputs.items():
+        if inputs_then[flag] != value:
             raise ValueError(
                 f"{path} comes from a run for which --{flag} had other contents; "
                 "bring them back, or choose another --out"

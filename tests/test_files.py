@@ -240,7 +240,7 @@ def test_what_a_state_says_about_its_run_is_shortened(finished, capsys):
         state = load(path, "fine-tuning")
         save({**state, "args": {**state["args"], "lr": "9\n" * 10_000}}, path)
         assert len(error_of(train, *flags, "--resume", capsys=capsys)) < 400
-        for wrong in ({"args": [1, 2]}, {"inputs": "all of them"}):
+        for wrong in ({"args": [1, 2]}, {"inputs": "all of them"}, {"inputs": {}}):
             save({**state, **wrong}, path)
             error = error_of(train, *flags, "--resume", capsys=capsys)
             assert "whole state of this version" in error
