@@ -1,15 +1,15 @@
-"""Activations of few bits, simulated: what reaches a quantized layer is rounded to a grid, and goes
-on as floats. No integers are multiplied, so this shows what rounding costs in quality, and nothing
-of speed.
+"""Activations of few bits, simulated: the input of each quantized layer is rounded to a grid, and
+stays a float tensor. No integers are multiplied, so this shows what rounding costs in quality, and
+nothing of speed.
 
 The weights have 4 bits, by gptq. The grids are chosen in several ways: one range for all that
 reaches a layer; a range for each interval of timesteps; ranges of their own for the two tensors
 that a shortcut concatenates (Q-Diffusion, arXiv 2302.04304); channels divided by factors of their
 own (TCAQ-DM, arXiv 2412.16700).
 
-A channel's factor r costs nothing when a model runs. The weight's column is multiplied by it, which
-goes into the scale that the column has anyway, and the input is divided by it, which goes into the
-step of its grid:
+A channel's factor r adds no multiplication. The weight's column is multiplied by it, and that goes
+into the scale that the column has anyway. The input is divided by it, and that goes into the step
+of the input's grid:
 
     y[o] = sum over i of  s_out[o] * (q[o, i] - z[o]) * (s_in[i] * r[i])  *  step * (c[i] - z_x)
     c[i] = round(x[i] / (r[i] * step)) + z_x
@@ -35,7 +35,7 @@ from train import calibration_data
 
 N_BITS = (8, 6, 4)  # of an activation
 INTERVALS = 8  # of timesteps, equal ones
-VALUES = 20_000  # a range is fitted to at most so many
+VALUES = 20_000  # a range is fitted to at most this many
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ WAYS = [
 ]
 
 
-def measure(bits: int | None, ranges: Ranges | None, seed: int) -> dict[str, float]:
+def measure(bits: int | None, ranges: Ranges | None, seed: int, n: int) -> dict[str, float]:
     """How good the base is with weights of 4 bits and activations of these bits.
 
     bits: None for float activations. seed: of the data that weights and ranges are fitted to, and
-    of the images that are drawn.
+    of the images that are drawn, n of each kind.
     """
     model = quantized_base(seed)
     if bits is None:
@@ -74,7 +74,7 @@ def measure(bits: int | None, ranges: Ranges | None, seed: int) -> dict[str, flo
     else:
         data = calibration_data(seed=seed, low=ranges.low, high=ranges.high)
         model = round_inputs(model, bits, ranges, data)
-    shares = rate_base(model, seed, n=50)
+    shares = rate_base(model, seed, n)
     return {
         "loss": validation_loss(model),
         "plain": shares["plain images"][0],  # show all that the caption says
@@ -104,19 +104,17 @@ def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet
     roundings = {}
     for name, layer in layers.items():
         x = seen[name]
-        factors = torch.ones_like(layer.s_in)
-        if ranges.factors == "peaks":
-            factors = channel_peaks(x, interval)
-        elif ranges.factors == "1 / s_in":
-            factors = 1 / layer.s_in
+        factors = channel_factors(layer, x, interval, ranges)
         layer.s_in.mul_(factors)
         n_bits = 8 if layer.n_bits == 8 else bits
-        roundings[name] = Rounding(n_bits, factors, clock)
-
         parts = [x.shape[-1]]
         if ranges.split and name in splits:
             parts = [splits[name], x.shape[-1] - splits[name]]
-        roundings[name].fit(x, interval if ranges.by_interval else None, parts)
+        of_range = interval if ranges.by_interval else None
+
+        rounding = Rounding(n_bits, factors, clock)
+        rounding.fit(x, of_range, parts)
+        roundings[name] = rounding
 
     model = merge(model)
     model.register_forward_pre_hook(clock)
@@ -130,13 +128,13 @@ def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet
 # --------------------------------------------------------------------------------------------------
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """What reaches a layer, with its channels last: (N, ..., C). A linear layer's are anyway."""
+def channels_to_end(x: Tensor) -> Tensor:
+    """A layer's input with its channels last: (N, ..., C). In a linear layer's they are already."""
     return x.movedim(1, -1) if x.dim() == 4 else x
 
 
-def channels_back(x: Tensor) -> Tensor:
-    """The inverse of channels_last."""
+def channels_from_end(x: Tensor) -> Tensor:
+    """The inverse of channels_to_end."""
     return x.movedim(-1, 1) if x.dim() == 4 else x
 
 
@@ -147,7 +145,7 @@ def inputs_of_layers(model: UNet, layers: dict[str, nn.Module], data: list) -> d
 
     def keep_as(name):
         def keep(layer, args):
-            x = channels_last(args[0])
+            x = channels_to_end(args[0])
             seen[name].append(x.reshape(len(x), -1, x.shape[-1]))
 
         return keep
@@ -176,7 +174,7 @@ def shortcuts(model: UNet) -> dict[str, int]:
 
 
 class Clock:
-    """A forward pre-hook of a model: remembers the interval of each sample of the batch, (N,)."""
+    """A forward pre-hook of a model: tells all its Roundings the interval of each sample, (N,)."""
 
     def __call__(self, model, args):
         _, t, _ = args
@@ -190,6 +188,15 @@ class Clock:
 # --------------------------------------------------------------------------------------------------
 # Grids
 # --------------------------------------------------------------------------------------------------
+
+
+def channel_factors(layer: QuantLayer, x: Tensor, interval: Tensor, ranges: Ranges) -> Tensor:
+    """What the channels of a layer's inputs x (N, P, C) are divided by: (C,)."""
+    if ranges.factors == "peaks":
+        return channel_peaks(x, interval)
+    if ranges.factors == "1 / s_in":
+        return 1 / layer.s_in
+    return torch.ones_like(layer.s_in)
 
 
 def channel_peaks(x: Tensor, interval: Tensor) -> Tensor:
@@ -245,12 +252,12 @@ class Rounding:
                 start = channels.stop
 
     def __call__(self, layer, args):
-        x = channels_last(args[0]) / self.factors  # (N, ..., C)
-        row = self.clock.interval  # (N,)
+        x = channels_to_end(args[0]) / self.factors  # (N, ..., C)
+        interval = self.clock.interval  # (N,)
         if len(self.step) == 1:
-            row = torch.zeros_like(row)
+            interval = torch.zeros_like(interval)
         ones = [1] * (x.dim() - 2)
-        step = self.step[row].view(len(x), *ones, -1)  # (N, 1, ..., 1, C)
-        zero_point = self.zero_point[row].view(len(x), *ones, -1)
+        step = self.step[interval].view(len(x), *ones, -1)  # (N, 1, ..., 1, C)
+        zero_point = self.zero_point[interval].view(len(x), *ones, -1)
         codes = ((x / step).round() + zero_point).clamp(0, 2**self.n_bits - 1)
-        return channels_back((codes - zero_point) * step)
+        return channels_from_end((codes - zero_point) * step)

@@ -17,8 +17,8 @@ from quant import quantize
 class LoRA(nn.Module):
     """y = layer(x) + B(A(x)): a frozen Conv2d or Linear beside a path of low rank (Hu et al. 2021).
 
-    A has the layer's kernel, B a kernel of 1. B starts at zero, so training starts at the layer
-    itself.
+    A has the layer's kernel, stride and padding, B a kernel of 1. B starts at zero, so training
+    starts at the layer itself.
     """
 
     def __init__(self, layer, rank):
@@ -26,8 +26,8 @@ class LoRA(nn.Module):
         self.layer = layer
         c_out, c_in = layer.weight.shape[:2]
         if isinstance(layer, nn.Conv2d):
-            window = (layer.kernel_size, layer.stride, layer.padding)
-            self.lora_a = nn.Conv2d(c_in, rank, *window, bias=False)
+            geometry = (layer.kernel_size, layer.stride, layer.padding)
+            self.lora_a = nn.Conv2d(c_in, rank, *geometry, bias=False)
             self.lora_b = nn.Conv2d(rank, c_out, 1, bias=False)
         else:
             self.lora_a = nn.Linear(c_in, rank, bias=False)
@@ -39,7 +39,7 @@ class LoRA(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """A layer of TuneQDM as the authors write it: int8 codes, dequantized under autograd.
+    """A layer of TuneQDM as the authors write it: 4-bit codes in int8, dequantized under autograd.
 
     It trains the scales themselves, those of columns only if train_in. Autograd keeps a float copy
     of the weight for each step of the dequantization.
@@ -90,7 +90,7 @@ def lora_packed(model, rank, n_bits=4, calibration="minmax", data=None):
     quantize(
         model,
         n_bits,
-        scales="out",
+        scales="out",  # fewer deltas, which are frozen below
         calibration=calibration,
         keep_float=["*.lora_a", "*.lora_b"],
         data=data,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data import toy
 from quant import bucket
-from runs import DIFFUSION, MINE, SUBJECTS, draw_prompts, lines, losses, parse_with_log, prepare
+from runs import DIFFUSION, MINE, ONE_SUBJECT, draw_prompts, lines, losses, parse_with_log, prepare
 from runtime import BASE, Parser, guard, load, save
 from sample import sample
 
@@ -29,7 +29,7 @@ def restored(args, name, subject=SUBJECT, seed=0):
 
     Raises ValueError if the run's files aren't there.
     """
-    model, run = prepare(args, SUBJECTS[name], subject, seed)
+    model, run = prepare(args, ONE_SUBJECT[name], subject, seed)
     if run.steps > 0:
         state = run.out / "state.pt"
         if not state.exists():
@@ -187,7 +187,7 @@ def draw_losses(args, bins=25, each=40):
 def draw_bytes(args):
     """The bytes of a subject against its fidelity, a line for each method."""
     points = {}  # method: (bytes, mean, standard deviation) of each width
-    for row in SUBJECTS.values():
+    for row in ONE_SUBJECT.values():
         runs = lines(args.log, row=row.name)
         if not runs or not row.trains:
             continue

@@ -1,7 +1,7 @@
 """Recovery: tune a quantized base on the pretraining set, and see what of its loss comes back.
 
 The task of the paper's table of CIFAR-10 in miniature: there are data for every timestep, and no
-subject.
+subject. And one question to gptq, without tuning: from which timesteps must its data come?
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,10 @@ from runs import DIFFUSION, WIDTHS, squared_error, validation_loss
 from runtime import BASE, load_model
 from train import calibration_data
 
+STEPS = 300  # of tuning, unless a setting says otherwise
+LR_SCALES = 0.003  # learning rates, by what is trained
+LR_LORA = 0.01
+LR_FLOAT = 0.0003
 ONE_SET = "TuneQDM, N = 1"
 METHODS = {  # the scales that are trained, and the number of their sets; LoRA has none
     "PEQA": ("out", 1),
@@ -33,10 +37,10 @@ METHODS = {  # the scales that are trained, and the number of their sets; LoRA h
 class Recovery:
     """A setting: how the base is quantized, what is trained, and for how long."""
 
-    bits: int  # 32 is the float base, all of whose weights are tuned
+    bits: int  # 32 is the float base: all of its weights are tuned, whatever the method
     calibration: str
     method: str = ONE_SET
-    steps: int = 300
+    steps: int = STEPS
 
     @property
     def start(self) -> str:
@@ -49,7 +53,7 @@ class Recovery:
         name = self.start
         if self.method != ONE_SET:
             name += f", {self.method}"
-        if self.steps != 300:
+        if self.steps != STEPS:
             name += f", {self.steps} steps"
         return name
 
@@ -82,10 +86,10 @@ THIRDS = {  # of the timesteps: from, to
 
 
 def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
-    """Quantize the base by gptq with data of a third of the timesteps: the loss at each third."""
+    """Quantize the base by gptq with data from one of THIRDS: the loss at the timesteps of each."""
     low, high = THIRDS[third]
-    model = load_model(BASE)
-    quantize(model, bits, calibration="gptq", data=calibration_data(seed=seed, low=low, high=high))
+    data = calibration_data(seed=seed, low=low, high=high)
+    model = quantize(load_model(BASE), bits, calibration="gptq", data=data)
     found = {}
     for name, (low, high) in THIRDS.items():
         found[name] = validation_loss(model, low=low, high=high)
@@ -96,11 +100,11 @@ def prepare(setting: Recovery, seed: int):
     """The model of a setting before it is tuned, and its learning rate."""
     model = load_model(BASE)
     if setting.bits == 32:
-        return model, 0.0003
+        return model, LR_FLOAT
     data = calibration_data(seed=seed)
     if METHODS[setting.method] is None:
         torch.manual_seed(seed)  # LoRA's first matrices are random
-        return lora_packed(model, 2, setting.bits, setting.calibration, data), 0.01
+        return lora_packed(model, 2, setting.bits, setting.calibration, data), LR_LORA
     scales, num_buckets = METHODS[setting.method]
     quantize(
         model,
@@ -111,18 +115,18 @@ def prepare(setting: Recovery, seed: int):
         setting.calibration,
         data=data,
     )
-    return model, 0.003
+    return model, LR_SCALES
 
 
-def recover(setting: Recovery, seed: int, less: int = 1) -> dict:
+def recover(setting: Recovery, seed: int, steps_divisor: int = 1) -> dict:
     """Quantize the base and tune it on the pretraining set: the validation loss before and after.
 
-    less: what the number of steps is divided by.
+    steps_divisor: what the number of steps is divided by.
     """
     model, lr = prepare(setting, seed)
     before = validation_loss(model)
 
-    steps = setting.steps // less
+    steps = setting.steps // steps_divisor
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(trained)

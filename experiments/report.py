@@ -29,7 +29,7 @@ def write_table(title: str, table: str):
     old = re.compile(re.escape(marker) + r"(\|.*\n)*")
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        new = old.sub(lambda _: marker + table, text)
+        new = old.sub(lambda _: marker + table, text)  # a string's backslashes would be escapes
         if new != text:
             save(new, document, write_text)
 
@@ -42,7 +42,7 @@ def write_text(text, file):
 def mean_sd(values: list[float], digits: int = 2) -> str:
     """The cell of several runs: mean ± standard deviation, or the value of one run alone."""
     x = torch.tensor(values)
-    mean = f"{x.mean():.{digits}f}"
+    mean = f"{x.mean():z.{digits}f}"  # z: no -0.00
     if len(values) == 1:
         return mean
     return f"{mean} ± {x.std(correction=0):.{digits}f}"

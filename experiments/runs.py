@@ -47,7 +47,7 @@ class Row:
     method: str = ""  # the name without the bits
     lora: bool = False  # train LoRA on the packed base, and no scales
     raw_scales: bool = False  # train the scales themselves, and not their deltas
-    log_snr_edges: bool = False  # cut the timesteps where buckets are even in log-SNR
+    even_in_log_snr: bool = False  # cut the timesteps where buckets are even in log-SNR
 
     @property
     def trains(self) -> bool:
@@ -59,7 +59,7 @@ def by_name(rows: list[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-def rows_of_subjects() -> list[Row]:
+def rows_of_one_subject() -> list[Row]:
     """The rows of the tables of one subject: two float ones, then every method at every width."""
     rows = [
         Row("the base", bits=32, flags="--steps 0", method="the base"),
@@ -87,24 +87,24 @@ def together(row: Row) -> Row:
 
 
 MINE = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
-SUBJECTS = by_name(rows_of_subjects())
+ONE_SUBJECT = by_name(rows_of_one_subject())
 SEVERAL = by_name(
     [
-        together(SUBJECTS["full precision"]),
-        together(SUBJECTS["PEQA, 4 bits"]),
-        together(SUBJECTS[MINE]),
-        together(SUBJECTS["TuneQDM, N = 2, 4 bits"]),
+        together(ONE_SUBJECT["full precision"]),
+        together(ONE_SUBJECT["PEQA, 4 bits"]),
+        together(ONE_SUBJECT[MINE]),
+        together(ONE_SUBJECT["TuneQDM, N = 2, 4 bits"]),
         together(Row("TuneQDM, N = 1, words, 4 bits", flags="--train-words")),
         together(Row("TuneQDM, N = 2, words, 4 bits", flags="--buckets 2 --train-words")),
     ]
 )
 ABLATIONS = by_name(
     [
-        SUBJECTS[MINE],
-        SUBJECTS["TuneQDM, N = 2, 4 bits"],
-        SUBJECTS["TuneQDM, N = 4, 4 bits"],
+        ONE_SUBJECT[MINE],
+        ONE_SUBJECT["TuneQDM, N = 2, 4 bits"],
+        ONE_SUBJECT["TuneQDM, N = 4, 4 bits"],
         Row("N = 8", flags="--buckets 8"),
-        Row("N = 4, edges even in log-SNR", flags="--buckets 4", log_snr_edges=True),
+        Row("N = 4, edges even in log-SNR", flags="--buckets 4", even_in_log_snr=True),
         Row("calibration: mse", flags="--calibration mse"),
         Row("calibration: minmax", flags="--calibration minmax"),
         Row("raw scales, lr 3e-6", flags="--lr 3e-6", raw_scales=True),
@@ -120,7 +120,7 @@ ABLATIONS = by_name(
     ]
 )
 
-TUNING = by_name(  # on the subjects that no other table reports
+GPTQ_SETTINGS = by_name(  # on the subjects that no other table reports
     [
         Row("rowcol", flags="--calibration rowcol"),
         Row("gptq", flags="--calibration gptq"),
@@ -135,15 +135,15 @@ TUNING = by_name(  # on the subjects that no other table reports
 SCORES = {
     "parts": "parts right",
     "identity": "whole subject",
-    "both parts": "parts, both in one picture",
-    "both identity": "both whole",
+    "both parts": "parts, two in one image",
+    "both identity": "two whole",
     "prompt": "prompt right",
     "red parts": "in other creatures",
     "world loss": "loss on the world",
 }
 DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
 
-# What two subjects in one picture show: shares of the creatures, then parts of a creature.
+# What two subjects in one image show: shares of the creatures, then parts of a creature.
 SHOWN = {
     "shown whole": "whole",
     "shown exchanged": "the other subject",
@@ -165,8 +165,8 @@ def prepare(args, row: Row, subject: str, seed: int):
     out = Path("out") / args.log.stem / words.replace(" ", "-")
     bits = ["--bits", str(row.bits)]
     run = train.arguments([*bits, *row.flags.split(), "--seed", str(seed), "--out", str(out)])
-    run.steps //= args.less
-    run.sample_steps //= args.less
+    run.steps //= args.steps_divisor
+    run.sample_steps //= args.steps_divisor
 
     model = load_model(BASE, run.device)
     data = train.calibration_data(run.device)
@@ -174,6 +174,9 @@ def prepare(args, row: Row, subject: str, seed: int):
         torch.manual_seed(run.seed)  # its first matrices are random
         lora_packed(model, 2, run.bits, run.calibration, data).to(run.device)
     elif run.bits < 32:
+        edges = None
+        if row.even_in_log_snr:
+            edges = log_snr_edges(run.buckets)
         quantize(
             model,
             run.bits,
@@ -181,7 +184,7 @@ def prepare(args, row: Row, subject: str, seed: int):
             DIFFUSION.T,
             run.scales,
             run.calibration,
-            edges=log_snr_edges(run.buckets) if row.log_snr_edges else None,
+            edges=edges,
             data=data,
         )
     if row.raw_scales:
@@ -202,7 +205,7 @@ def log_snr_edges(num_buckets: int) -> list[int]:
 
 
 class RawScale(nn.Module):
-    """A parametrization: train a scale s = s0 * exp(d) itself, and not its delta d, as the paper.
+    """A parametrization: train a scale s = s0 * exp(d) itself, as the paper does, and not its d.
 
     s is kept positive. s0 and s: (C,), for the scales of rows or of columns.
     """
@@ -241,15 +244,16 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
         images = []
         captions = []
         for word, folder in folders.items():
-            of_subject = toy.load_subject(folder, word)
-            images.append(of_subject[0])
-            captions.append(of_subject[1])
+            images_of_subject, captions_of_subject = toy.load_subject(folder, word)
+            images.append(images_of_subject)
+            captions.append(captions_of_subject)
         run.out.mkdir(parents=True, exist_ok=True)
         train.finetune(model, run, torch.cat(images), torch.cat(captions))
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
-    rest = {name: value for name, value in model.state_dict().items() if name not in trained}
+    of_subject = {*trained, *deltas(model)}  # deltas that are still 0, too
+    rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
     return {
         "trained": train.count_trained(model, run, len(folders)) if trained else 0,
         "bytes": subject_bytes(model, trained, run),
@@ -278,7 +282,7 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
     found = {}  # key: a mean for each subject and kind of image
 
     def draw(prompts, name_of, label, seed):
-        """Draw the prompts. Score each word's subject as what is called name_of[word] there."""
+        """Draw the prompts. Compare the creature called name_of[word] with the word's subject."""
         captions = torch.tensor(train.captions_of(prompts))
         images = sample(model, captions, run.sample_steps, seed=seed)
         for word, name in name_of.items():
@@ -302,7 +306,11 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
     prompts = ["red creature"] * len(train.PROMPTS)
     draw(prompts, dict.fromkeys(words, "red"), label="red ", seed=run.seed)
 
-    return {key: sum(found[key]) / len(found[key]) for key in (*SCORES, *SHOWN) if key in found}
+    means = {}
+    for key in (*SCORES, *SHOWN):
+        if key in found:
+            means[key] = sum(found[key]) / len(found[key])
+    return means
 
 
 def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, float]:
@@ -310,7 +318,7 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
 
     images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
     right (7,). With k options, a wrong part is the other subject's by chance with probability
-    1 / (k - 1). This counts a marking of the body's color, too, which doesn't exist.
+    1 / (k - 1). The k colors of a marking include the body's, which it can't have.
     """
     shown = {key: [] for key in SHOWN}
     options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])
@@ -322,7 +330,7 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
         is_creature = anything >= toy.PLAIN
         whole = (seen == mine).all(1)
         exchanged = (seen == other).all(1)
-        wrong = (seen != mine) & (mine != other)
+        wrong = (seen != mine) & (mine != other)  # only parts in which the two subjects differ
         taken = (wrong & (seen == other)).sum(1)
         by_chance = (wrong / (options - 1)).sum(1)
 
@@ -356,10 +364,14 @@ def squared_error(model, x0, words, t, eps) -> Tensor:
 
 @torch.no_grad()
 def losses(model, x0, words, t, generator) -> Tensor:
-    """squared_error with noise from generator, in chunks of 128 images."""
+    """squared_error with noise from generator, in chunks of 128 images: on the CPU."""
+    device = next(model.parameters()).device
     eps = torch.randn(x0.shape, generator=generator)
-    chunks = zip(x0.split(128), words.split(128), t.split(128), eps.split(128))
-    return torch.cat([squared_error(model, *chunk) for chunk in chunks])
+    found = []
+    for chunk in zip(x0.split(128), words.split(128), t.split(128), eps.split(128)):
+        there = [part.to(device) for part in chunk]
+        found.append(squared_error(model, *there).cpu())
+    return torch.cat(found)
 
 
 def validation_loss(model, n=1024, seed=12345, low=0.0, high=1.0) -> float:
@@ -396,8 +408,14 @@ def lines(log: Path, **key) -> list[dict]:
             line = None
         if not isinstance(line, dict):
             raise ValueError(f"{log}, line {number} isn't the line of a run; correct or remove it")
-        found.append(line)
-    return [line for line in found if key.items() <= line.items()]
+        if key.items() <= line.items():
+            found.append(line)
+    return found
+
+
+def by_seed(args, **key) -> dict[int, dict]:
+    """The lines of the log that have this key, by seed. The last counts, if one is there twice."""
+    return {line["seed"]: line for line in lines(args.log, **key)}
 
 
 def whole_lines(log: Path) -> tuple[str, bool]:
@@ -431,10 +449,10 @@ def parse_with_log(parser):
     """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
     log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
     parser.add_argument("--log", type=Path, help=log_help)
-    quick_help = "a twentieth of the steps, two subjects"
+    quick_help = "a twentieth of the steps and of some images, and two subjects"
     parser.add_argument("--quick", action="store_true", help=quick_help)
     args = parser.parse_args()
-    args.less = 20 if args.quick else 1  # what steps are divided by
+    args.steps_divisor = 20 if args.quick else 1  # what steps are divided by
     if args.log is None:
         args.log = Path("out", "quick.jsonl" if args.quick else "runs.jsonl")
     args.log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""The tables: python experiments/tables.py [base] [subjects] [several] [recovery] [ablations]
-                                           [activations] [tuning]
+"""Make the tables of README.md and RESULTS.md: python experiments/tables.py [TABLE ...]
 
 A finished run is a line of the log and isn't done again. So a command can be stopped and started
 again, and several processes can share the work (--rows, --subjects).
 
     --log experiments/runs.jsonl --rows none    run nothing, and show the runs that ship
-    --write                                     put the tables into README.md and RESULTS.md, too
+    --write                                     put each table where a document has its mark
 """
 
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from data import toy
 from pretrain import score_base
 from recovery import (
     ONE_SET,
+    STEPS,
     THIRDS,
     calibrate_on,
     recover,
@@ -30,13 +31,14 @@ from report import mean_sd, print_table, write_table
 from runs import (
     ABLATIONS,
     DIGITS,
+    GPTQ_SETTINGS,
     MINE,
+    ONE_SUBJECT,
     SCORES,
     SEVERAL,
     SHOWN,
-    SUBJECTS,
-    TUNING,
     append,
+    by_seed,
     is_due,
     lines,
     parse_with_log,
@@ -87,7 +89,7 @@ def run_all(args, rows, subjects):
 
 
 def runs_of(args, name, subjects):
-    """The runs of a row in the log, by subject and seed."""
+    """The runs of a row in the log, by subject and seed. The last counts, if one is there twice."""
     found = {}
     for run in lines(args.log, row=name):
         if run["subject"] in subjects:
@@ -119,7 +121,7 @@ def show_means(args, title, found):
 
 
 def row_of_means(name, runs, columns):
-    """The cells of a row. What is trained, and its bytes, are the same in all runs."""
+    """The cells of a row. What is trained, and its bytes, are those of the first run."""
     cells = [name, f"{runs[0]['trained']:,}", f"{runs[0]['bytes']:,}"]
     for key in columns:
         cells.append(mean_sd([run[key] for run in runs], DIGITS.get(key, 2)))
@@ -153,7 +155,7 @@ def row_of_differences(name, yardstick, both, columns):
 
 
 def show(args, title, columns, rows):
-    """Print a table; with --write put it into the documents, too, unless it is empty."""
+    """Print a table; with --write put it where a document has its mark, too, unless it is empty."""
     table = print_table(title, columns, rows)
     if args.write and rows:
         write_table(title, table)
@@ -165,23 +167,27 @@ def show(args, title, columns, rows):
 
 
 def base(args):
-    """What the shipped base draws, and how much of it is right."""
-    score_base(load_model(BASE), seed=0)
+    """What the shipped base draws, and how much of it is right. No log knows it."""
+    if any(fnmatch("the base", pattern) for pattern in args.rows):
+        score_base(load_model(BASE), seed=0)
 
 
 def one_subject(args):
     """Fine-tune to one subject."""
     pairs = []
-    for yardstick, row in combinations(SUBJECTS.values(), 2):
+    for yardstick, row in combinations(ONE_SUBJECT.values(), 2):
         if row.trains and is_yardstick(yardstick, row):
             pairs.append((row.name, yardstick.name))
-    fill(args, "one subject", SUBJECTS, toy.TABLE, pairs)
+    fill(args, "one subject", ONE_SUBJECT, toy.TABLE, pairs)
     in_short = {name: runs_of(args, name, toy.TABLE) for name in IN_SHORT}
     show_means(args, "one subject, in short", in_short)
 
 
 def is_yardstick(yardstick, row):
-    """True if a row of the table of one subject is compared with this one."""
+    """True if a row of the table of one subject is compared with this one, which comes before it.
+
+    The yardsticks are full precision, PEQA and N = 1 of the same width, and the method at 4 bits.
+    """
     if yardstick.name == "full precision":
         return True
     if yardstick.bits == row.bits and yardstick.method in ("PEQA", "TuneQDM, N = 1"):
@@ -198,14 +204,15 @@ def several_subjects(args):
 
 
 def show_what_two_show(args):
-    """A table of what is drawn for two subjects in one picture, where the log says so."""
+    """A table of what models of two subjects draw for both in one image, where the log says so."""
     rows = []
     for name in SEVERAL:
-        runs = [run for run in lines(args.log, row=name) if SHOWN.keys() <= run.keys()]
+        of_pairs = runs_of(args, name, TOGETHER[2]).values()
+        runs = [run for run in of_pairs if SHOWN.keys() <= run.keys()]
         if runs:
             cells = [mean_sd([run[key] for run in runs]) for key in SHOWN]
             rows.append([name, *cells, str(len(runs))])
-    show(args, "two in one picture", ["method", *SHOWN.values(), "runs"], rows)
+    show(args, "two in one image", ["method", *SHOWN.values(), "runs"], rows)
 
 
 def ablations(args):
@@ -213,7 +220,10 @@ def ablations(args):
     pairs = []
     for row in ABLATIONS.values():
         if row.name != MINE:
-            pairs.append((row.name, "TuneQDM, N = 4, 4 bits" if row.log_snr_edges else MINE))
+            yardstick = MINE
+            if row.even_in_log_snr:
+                yardstick = "TuneQDM, N = 4, 4 bits"
+            pairs.append((row.name, yardstick))
     fill(args, "one thing changed", ABLATIONS, toy.TABLE, pairs)
 
 
@@ -224,10 +234,11 @@ def of_activations(args):
         for ranges in activations.WAYS:
             settings[f"{bits} bits, {ranges.name}"] = (bits, ranges)
     for seed in range(args.seeds):
-        for name, setting in settings.items():
+        for name, (bits, ranges) in settings.items():
             key = {"activations": name, "seed": seed}
             if is_due(args, name, key):
-                append(args.log, key, activations.measure(*setting, seed))
+                n = 50 // args.steps_divisor  # images
+                append(args.log, key, activations.measure(bits, ranges, seed, n))
     show_activations(args, list(settings))
 
 
@@ -235,7 +246,7 @@ def show_activations(args, names):
     """A table of the loss, and of what is right in the images, for each way to round."""
     rows = []
     for name in names:
-        runs = lines(args.log, activations=name)
+        runs = by_seed(args, activations=name).values()
         if runs:
             cells = [mean_sd([run["loss"] for run in runs], 4)]
             for key in ("plain", "creatures"):
@@ -247,9 +258,8 @@ def show_activations(args, names):
 
 def tuning(args):
     """Choose the defaults of fine-tuning, on subjects that no other table reports."""
-    rowcol = next(iter(TUNING))
-    pairs = [(row, rowcol) for row in TUNING if row != rowcol]
-    fill(args, "tuning", TUNING, toy.TUNING, pairs)
+    pairs = [(row, "rowcol") for row in GPTQ_SETTINGS if row != "rowcol"]
+    fill(args, "tuning", GPTQ_SETTINGS, toy.TUNING, pairs)
 
 
 def recovery(args):
@@ -258,6 +268,7 @@ def recovery(args):
     scale_sets = settings_of_scale_sets()
     recover_all(args, calibrations + scale_sets)
     show_calibrations(args, calibrations)
+    run_thirds(args)
     show_thirds(args)
     show_scale_sets(args, scale_sets)
     show_scale_sets_in_short(args, scale_sets)
@@ -267,34 +278,46 @@ def recover_all(args, settings):
     """Tune with each setting and seed, if the log doesn't have it."""
     for seed in range(args.seeds):
         for setting in settings:
-            if seed > 0 and setting.steps > 300:
+            if seed > 0 and setting.steps > STEPS:
                 continue  # ten times as long, so one seed has to do
             key = {"recovery": setting.name, "seed": seed}
             if is_due(args, setting.name, key):
-                append(args.log, key, recover(setting, seed, args.less))
+                append(args.log, key, recover(setting, seed, args.steps_divisor))
+
+
+def thirds():
+    """What gptq's data can be, by name: the bits of a weight, and one of THIRDS."""
+    found = {}
+    for bits in (4, 3):
+        for third in THIRDS:
+            found[f"{bits} bits, data of {third}"] = (bits, third)
+    return found
+
+
+def run_thirds(args):
+    """Calibrate by gptq with data of some timesteps only, if the log doesn't have it."""
+    for seed in range(args.seeds):
+        for name, (bits, third) in thirds().items():
+            key = {"data": name, "seed": seed}
+            if is_due(args, name, key):
+                append(args.log, key, calibrate_on(third, bits, seed))
 
 
 def show_thirds(args):
-    """A table of the loss if gptq's data are from some timesteps only. It does what isn't done."""
+    """A table of the loss at some timesteps if gptq's data are from others."""
     rows = []
-    for bits in (4, 3):
-        for third in THIRDS:
-            name = f"{bits} bits, data of {third}"
-            for seed in range(args.seeds):
-                key = {"data": name, "seed": seed}
-                if is_due(args, name, key):
-                    append(args.log, key, calibrate_on(third, bits, seed))
-            runs = lines(args.log, data=name)
-            if runs:
-                means = [mean_sd([run[key] for run in runs], 5) for key in THIRDS]
-                rows.append([str(bits), third, *means, str(len(runs))])
+    for name, (bits, third) in thirds().items():
+        runs = by_seed(args, data=name).values()
+        if runs:
+            means = [mean_sd([run[key] for run in runs], 5) for key in THIRDS]
+            rows.append([str(bits), third, *means, str(len(runs))])
     columns = ["bits", "timesteps of the data", *[f"loss at {key}" for key in THIRDS], "runs"]
     show(args, "timesteps of the data", columns, rows)
 
 
 def recoveries_of(args, setting):
     """The lines of a setting in the log, by seed."""
-    return {line["seed"]: line for line in lines(args.log, recovery=setting.name)}
+    return by_seed(args, recovery=setting.name)
 
 
 def show_calibrations(args, settings):
@@ -313,7 +336,9 @@ def show_calibrations(args, settings):
         elif floor is not None:
             gap = sum(before) / len(before) - floor
             share = f"{1 - (sum(after) / len(after) - floor) / gap:.0%}"
-        quantized = mean_sd(before, 5) if len(set(before)) > 1 else f"{before[0]:.5f}"
+        quantized = f"{before[0]:.5f}"
+        if len(set(before)) > 1:  # only the data of gptq depend on the seed
+            quantized = mean_sd(before, 5)
         cells = [str(setting.bits), setting.calibration, quantized]
         rows.append([*cells, mean_sd(after, 5), share, str(len(runs))])
     columns = ["bits", "calibration", "quantized", "tuned", "recovered", "runs"]
@@ -345,7 +370,7 @@ def show_scale_sets_in_short(args, settings):
     starts = []
     for setting in settings:
         runs = recoveries_of(args, setting).values()
-        if setting.steps == 300 and runs:
+        if setting.steps == STEPS and runs:
             row = cells.setdefault(setting.method, {})
             row[setting.start] = mean_sd([run["after"] for run in runs], 5)
             if setting.start not in starts:
@@ -369,16 +394,20 @@ TABLES = {
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("tables", nargs="*", choices=TABLES, help="default: all, in this order")
+    tables_help = f"{', '.join(TABLES)} (default: all, in this order)"
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=tables_help)
     subjects = toy.TABLE + toy.TUNING
     subjects_help = "those to run now (default: all)"
     parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
     rows_help = "patterns of the rows to run now (default: all)"
     parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
     parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
-    write_help = "put the tables into README.md and experiments/RESULTS.md, too"
+    write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
     parser.add_argument("--write", action="store_true", help=write_help)
     args = parse_with_log(parser)
+    for name in args.tables:  # choices would refuse to be given none
+        if name not in TABLES:
+            parser.error(f"there is no table {name!r}; choose from {', '.join(TABLES)}")
     if args.quick and args.write:
         parser.error("--quick makes numbers that mean nothing; leave out --write")
     if args.subjects is None:

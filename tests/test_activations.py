@@ -11,8 +11,8 @@ from activations import (
     Ranges,
     Rounding,
     channel_peaks,
-    channels_back,
-    channels_last,
+    channels_from_end,
+    channels_to_end,
     fit_range,
     round_inputs,
     shortcuts,
@@ -44,7 +44,7 @@ def test_factors_fold_into_s_in(quantized, factors, monkeypatch):
 
     def divide(self, layer, args):
         used.append(self.factors)
-        return channels_back(channels_last(args[0]) / self.factors)
+        return channels_from_end(channels_to_end(args[0]) / self.factors)
 
     monkeypatch.setattr(Rounding, "__call__", divide)
     data = calibration_data(n=8)

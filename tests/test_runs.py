@@ -15,7 +15,7 @@ from quant import QuantLayer, bucket, current_batch, deltas, quantize
 from runtime import save
 from sample import sample
 
-ROWS = {**runs.SUBJECTS, **runs.ABLATIONS}
+ROWS = {**runs.ONE_SUBJECT, **runs.ABLATIONS}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def small_base(tmp_path, monkeypatch):
 
 
 def args_in(folder):
-    return Namespace(log=folder / "runs.jsonl", less=1)
+    return Namespace(log=folder / "runs.jsonl", steps_divisor=1)
 
 
 def test_raw_scales_are_trained_as_scales():
@@ -76,7 +76,7 @@ def test_raw_scales_are_trained_as_scales():
 
 
 def test_a_random_start_follows_the_seed(tmp_path):
-    row = runs.SUBJECTS["LoRA r = 2, packed base, 4 bits"]
+    row = runs.ONE_SUBJECT["LoRA r = 2, packed base, 4 bits"]
     first, again, other = [
         runs.prepare(args_in(tmp_path), row, "bix", seed)[0].state_dict() for seed in (0, 0, 1)
     ]
@@ -102,7 +102,7 @@ def test_buckets_even_in_log_snr():
 
 def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path):
     row = runs.ABLATIONS["N = 4, edges even in log-SNR"]
-    equal, _ = runs.prepare(args_in(tmp_path), replace(row, log_snr_edges=False), "bix", 0)
+    equal, _ = runs.prepare(args_in(tmp_path), replace(row, even_in_log_snr=False), "bix", 0)
     log_snr, _ = runs.prepare(args_in(tmp_path), row, "bix", 0)
     assert log_snr.quant_config["edges"] == runs.log_snr_edges(4)
     assert equal.quant_config["edges"] == [0, 250, 500, 750, 1000]
