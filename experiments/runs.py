@@ -314,7 +314,7 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
 
 
 def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, float]:
-    """What two subjects in one picture show: a mean over the creatures for each key of SHOWN.
+    """What two subjects in one image show: a mean over the creatures for each key of SHOWN.
 
     images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
     right (7,). With k options, a wrong part is the other subject's by chance with probability
