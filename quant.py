@@ -317,7 +317,10 @@ class QuantLayer(nn.Module):
         self.shape = weight.shape
         self.dtype = weight.dtype  # of the float weight; the scales have at least float32
         self.groups = getattr(layer, "groups", 1)
-        self.bias = layer.bias
+        bias = layer.bias
+        if bias is not None and not isinstance(bias, nn.Parameter):  # a buffer, or parametrized
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = bias
 
         # sums depend on the order in memory, and codes shouldn't: it is always channels_last
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -744,9 +747,23 @@ def check_arguments(model, n_bits, edges, scales, calibration, timestep):
         raise ValueError(f"scales must be out or out+in, not {scales}")
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration must be {' or '.join(CALIBRATIONS)}, not {calibration}")
-    arguments = list(inspect.signature(model.forward).parameters)
-    if len(edges) > 2 and timestep not in arguments:
-        raise ValueError(f"timestep must be {' or '.join(arguments)}, not {timestep}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled; quantize it first, then compile it")
+    if len(edges) > 2:
+        check_timestep(model, timestep)
+
+
+def check_timestep(model, timestep):
+    """Raise ValueError if model.forward has no argument of this name."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    named = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if not named:
+        raise ValueError(
+            "model.forward names no arguments, so the timesteps can't be told apart; "
+            "quantize the model inside of this wrapper"
+        )
+    if timestep not in named:
+        raise ValueError(f"timestep must be {' or '.join(named)}, not {timestep}")
 
 
 def matches(name: str, pattern: str | list[str]) -> bool:
@@ -777,7 +794,7 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list
     kept = {module for name, module in modules if matches(name, keep_float)}
     layers = {}
     for name, module in modules:
-        if module in kept:
+        if module in kept or "parametrizations" in name.split("."):  # these make a layer's weight
             continue
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention, QuantLayer)):
             continue
@@ -955,6 +972,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def config_of(model: nn.Module) -> dict:
+    """What quantize was given. Raises ValueError if the model isn't quantized."""
+    model = unwrapped(model)
+    if "quant_config" not in vars(model):
+        raise ValueError("the model isn't quantized, or is inside of others; call quantize first")
+    return model.quant_config
+
+
 def canonical(name: str) -> str:
     """The name of a parameter without what torch.compile adds for a part of the model."""
     return name.replace("_orig_mod.", "")
@@ -1010,22 +1035,22 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
     concatenated, as float16. also: names of other parameters that were trained and go with
-    them, as float16. Raises ValueError if also has other names, or if a number isn't finite in
-    float16.
+    them, as they are. Raises ValueError if also has other names, or if a number isn't finite (a
+    delta: in float16).
     """
+    config = config_of(model)
     values = [delta.detach() for delta in deltas(model).values()]
     values = torch.cat(values).half().cpu()
     others = {}
     for name, parameter in named_by(also, model).items():
-        others[name] = parameter.detach().half().cpu().clone()
+        others[name] = parameter.detach().cpu().clone()
     for trained in (values, *others.values()):
         if not trained.isfinite().all():
             raise ValueError(
-                "a trained number isn't finite in float16: the training has diverged, "
-                "lower its rate"
+                "a trained number isn't finite: the training has diverged, lower its rate"
             )
     return {
-        "quant_config": unwrapped(model).quant_config,
+        "quant_config": config,
         "fingerprint": fingerprint(model, others),
         "deltas": values,
         "also": others,
@@ -1051,6 +1076,7 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
 
 def check_adapter(model: nn.Module, saved: dict) -> None:
     """Raise ValueError, which says what differs, if an adapter doesn't belong to model."""
+    mine = config_of(model)
     other = "the adapter was made for another base"
     give = "give the quantized model that it was trained on"
     config = saved.get("quant_config") if isinstance(saved, dict) else None
@@ -1061,14 +1087,17 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
     if not isinstance(also, dict) or not also.keys() <= parameters.keys():
         raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
     same_base = saved.get("fingerprint") == fingerprint(model, also)
-    for key, mine in unwrapped(model).quant_config.items():
+    for key, value in mine.items():
         if key == "calibration" and same_base:
             continue  # a model quantized by minmax may have been filled with a saved base
-        if repr(config.get(key)) != repr(mine):  # a damaged file may hold what can't be compared
+        if repr(config.get(key)) != repr(value):  # a damaged file may hold what can't be compared
             theirs = reprlib.repr(config.get(key))  # shortened
-            raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(mine)}; {give}")
+            raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(value)}; {give}")
     if not same_base:
-        raise ValueError(f"{other}, of other weights or another dtype; {give}")
+        raise ValueError(
+            f"{other}, of other weights (an adapter with more than deltas changes them) "
+            f"or another dtype; {give}"
+        )
 
     count = sum(delta.numel() for delta in deltas(model).values())
     if not is_finite_tensor(saved.get("deltas"), (count,)):
@@ -1098,7 +1127,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     inner = [name for name, m in model.named_modules() if name and hasattr(m, "quant_config")]
     if inner:
         raise ValueError(f"'{inner[0]}' is a quantized model inside of this one; merge it first")
-    num_buckets = len(model.quant_config["edges"]) - 1
+    num_buckets = len(config_of(model)["edges"]) - 1
     if not 0 <= bucket_index < num_buckets:
         raise IndexError(f"there is no bucket {bucket_index}: the model has {num_buckets}")
     model = copy.deepcopy(model)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import quant
@@ -69,6 +69,14 @@ class Plain(nn.Linear):
     """A subclass that changes nothing."""
 
 
+class WithModule(nn.Module):
+    """As DistributedDataParallel and DataParallel name what they wrap."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
 def with_hook():
     layer = nn.Linear(6, 8)
     layer.register_forward_hook(lambda module, args, y: 2 * y)
@@ -120,6 +128,83 @@ def test_parametrizations_are_quantized_as_they_are_now():
     weight = layer.weight.detach().clone()
     model = quantize(Net(layer), 8)
     torch.testing.assert_close(model.first.weight, weight, rtol=0.02, atol=0.02)
+
+
+class Mixed(nn.Module):
+    """A parametrization with a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, weight):
+        return self.mix(weight)
+
+
+def test_a_layer_of_a_parametrization_goes_with_it():
+    layer = nn.Linear(6, 8)
+    parametrize.register_parametrization(layer, "weight", Mixed())
+    weight = layer.weight.detach().clone()
+    model = quantize(Net(layer), 8)
+    torch.testing.assert_close(model.first.weight, weight, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "parametrized"])
+def test_a_bias_that_is_no_parameter_is_saved_with_the_base(kind):
+    layer = nn.Linear(6, 8)
+    bias = torch.randn(8)
+    if kind == "buffer":
+        del layer.bias
+        layer.register_buffer("bias", bias)
+    else:
+        parametrize.register_parametrization(layer, "bias", nn.Tanh())
+        bias = layer.bias.detach().clone()
+    model = quantize(Net(layer))
+    assert torch.equal(model.state_dict()["first.bias"], bias)
+    assert not model.first.bias.requires_grad
+    other = quantize(Net())
+    other.load_state_dict(copy.deepcopy(model).state_dict())
+    assert fingerprint(other) == fingerprint(model)
+    x = torch.randn(3, 6)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="quantize it first, then compile it"):
+        quantize(torch.compile(Net()))
+
+
+class NamesNothing(WithModule):
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_a_wrapper_that_names_no_arguments_is_refused_if_timesteps_matter():
+    with pytest.raises(ValueError, match="names no arguments.*quantize the model inside"):
+        quantize(NamesNothing(Net()), num_buckets=2)
+    quantize(NamesNothing(Net()))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleList([model, model])])
+def test_a_model_that_is_not_quantized_has_no_adapter(wrap):
+    saved = adapter(quantize(Net()))
+    model = wrap(Net())
+    for act in (adapter, merge, lambda model: load_adapter(model, saved)):
+        with pytest.raises(ValueError, match="isn't quantized.*call quantize first"):
+            act(model)
+
+
+def test_an_adapter_after_one_with_more_than_deltas_is_told_why():
+    def base():
+        torch.manual_seed(0)
+        return quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 4)
+
+    model, tuned = base(), base()
+    with torch.no_grad():
+        tuned[1].weight.fill_(2)
+    load_adapter(model, adapter(tuned, ["1.weight"]))
+    with pytest.raises(ValueError, match="an adapter with more than deltas changes them"):
+        load_adapter(model, adapter(base()))
 
 
 def test_a_transformer_layer_that_bypasses_its_layers_is_refused():
@@ -404,14 +489,6 @@ def test_an_adapter_of_a_wrapped_model_fits_the_model(wrap):
     load_adapter(wrapped, adapter(model))
     x = torch.randn(3, 6)
     torch.testing.assert_close(merge(wrapped)(x), merge(model)(x))
-
-
-class WithModule(nn.Module):
-    """As DistributedDataParallel and DataParallel name what they wrap."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
 
 
 def quant_copy(model):
