@@ -59,7 +59,6 @@ PROMPTS = (  # no instance image of a shipped subject shows one of these
 )
 IMAGES_PER_PROMPT = 5  # that are scored
 TRAINED_WORDS = ("words.weight",)  # what --train-words trains
-WORDS_LR = 0.01  # its learning rate
 
 
 def arguments(argv=None):
@@ -106,7 +105,7 @@ def arguments(argv=None):
     run.add_argument("--base", type=filled_path, default=BASE, help=base_help)
     parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
     parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
-    words_help = "train the embedding of the subject's word, too"
+    words_help = "train the embedding of the subject's word, too, at the same rate"
     run.add_argument("--train-words", action="store_true", help=words_help)
     checkpoint_help = "keep a quarter of the activations; steps take a third longer"
     run.add_argument("--checkpoint", action="store_true", help=checkpoint_help)
@@ -131,28 +130,23 @@ def refuse_quantizer_flags(parser, argv):
         parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
 
 
-def learning_rate(peak, args, step):
-    """A warm-up of 20 steps to the peak, then linear decay to zero."""
-    return peak * min(1, (step + 1) / 20) * (1 - step / args.steps)
+def learning_rate(args, step):
+    """A warm-up of 20 steps to args.lr, then linear decay to zero."""
+    return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
+
+
+def rare_words(captions):
+    """The rare words, by number, that captions (M, L) have."""
+    rare = range(toy.FIRST_RARE, toy.FIRST_RARE + len(toy.RARE))
+    return [word for word in rare if (captions == word).any()]
 
 
 def train_words(model, captions):
     """Let the embeddings of the rare words in captions (M, L) be trained, and of no others."""
     weight = model.words.weight.requires_grad_()
-    rare = range(toy.FIRST_RARE, toy.FIRST_RARE + len(toy.RARE))
     is_trained = torch.zeros(len(weight), 1, device=weight.device)
-    for word in rare:
-        is_trained[word] = (captions == word).any()
+    is_trained[rare_words(captions)] = 1
     weight.register_hook(lambda grad: grad * is_trained)  # Adam leaves the others where they are
-
-
-def make_optimizer(model, trained, args):
-    """Adam for the parameters trained, {name: parameter}; "peak" is a group's learning rate."""
-    words = TRAINED_WORDS if args.train_words else ()
-    groups = [{"params": [p for name, p in trained.items() if name not in words], "peak": args.lr}]
-    for name in words:
-        groups.append({"params": [trained[name]], "peak": WORDS_LR})
-    return torch.optim.Adam(groups, fused=True)
 
 
 def finetune(model, args, instance, captions, state=None, inputs=None):
@@ -171,7 +165,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     if args.train_words:
         train_words(model, captions)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, trained, args)
+    optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     first = 0
     if state is not None:
         check_state(state, args, optimizer, trained=trained)
@@ -202,8 +196,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     loop = Loop("fine-tuning", args, first, shown, trained.values(), save_state)
     # fmt: off
     for step in loop:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(group["peak"], args, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
         # B instance images, then B class images
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
@@ -352,7 +345,7 @@ def main():
             "buckets": args.buckets,
             "base bytes": f"{base_bytes(model, header):,}",
             "subject bytes": f"{subject_file.stat().st_size:,}",
-            "trained": f"{count_trained(model, args):,}",
+            "trained": f"{count_trained(model, args, captions):,}",
             **compare(scores_before, scores_after),
         }
     )
@@ -417,11 +410,12 @@ def base_bytes(model, header):
     return file_size({**header, "model": base})
 
 
-def count_trained(model, args, subjects=1):
-    """How many numbers are trained: of the embedding, those of the subjects' words alone."""
+def count_trained(model, args, captions):
+    """How many numbers are trained: of the embedding, those of the captions' rare words alone."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if args.train_words:
-        count += subjects * model.words.embedding_dim - model.words.weight.numel()
+        words = model.words
+        count += len(rare_words(captions)) * words.embedding_dim - words.weight.numel()
     return count
 
 

@@ -240,6 +240,7 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
         folders[word] = BASE.parent / "subjects" / name
 
     trained = {}
+    count = 0
     if run.steps > 0:
         images = []
         captions = []
@@ -247,15 +248,17 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
             images_of_subject, captions_of_subject = toy.load_subject(folder, word)
             images.append(images_of_subject)
             captions.append(captions_of_subject)
+        captions = torch.cat(captions)
         run.out.mkdir(parents=True, exist_ok=True)
-        train.finetune(model, run, torch.cat(images), torch.cat(captions))
+        train.finetune(model, run, torch.cat(images), captions)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        count = train.count_trained(model, run, captions)
 
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
     of_subject = {*trained, *deltas(model)}  # deltas that are still 0, too
     rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
     return {
-        "trained": train.count_trained(model, run, len(folders)) if trained else 0,
+        "trained": count,
         "bytes": subject_bytes(model, trained, run),
         **measure(model, parts, run),
         "world loss": validation_loss(model),

@@ -51,10 +51,15 @@ def test_several_words_are_trained_if_the_captions_have_them():
     assert moved == [toy.WORD["sks"], toy.WORD["qvk"]]
 
 
-def test_the_word_has_the_rate_of_its_own(tuned):
-    groups = load(tuned / "state.pt", "fine-tuning")["optimizer"]["param_groups"]
-    assert [group["peak"] for group in groups] == [0.03, train.WORDS_LR]
-    assert groups[0]["lr"] / groups[1]["lr"] == pytest.approx(0.03 / train.WORDS_LR)
+def test_the_words_of_the_captions_are_counted():
+    model = quantize(load_model(BASE), calibration="minmax")
+    args = train.arguments(["--train-words", "--device", "cpu"])
+    scales = train.count_trained(model, train.arguments(["--device", "cpu"]), None)
+    captions = torch.tensor([toy.caption("sks creature"), toy.caption("sks creature left")])
+    train.train_words(model, captions)
+    assert train.count_trained(model, args, captions) == scales + 64
+    two = torch.tensor([toy.caption("sks creature and zwx creature")])
+    assert train.count_trained(model, args, two) == scales + 128
 
 
 def test_an_adapter_carries_the_word_to_the_base(tuned):
@@ -119,6 +124,15 @@ def test_any_parameter_may_travel():
 
     with pytest.raises(ValueError, match="other weights"):
         load_adapter(make(), adapter(model))  # made for a base with other norms
+
+
+def test_what_float16_cannot_hold_travels_as_it_is():
+    model = make()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1 + 2**-20, 1e6, 1e-12, -3.0]))
+    other = make()
+    load_adapter(other, adapter(model, NORM))
+    assert torch.equal(other[1].weight, model[1].weight)
 
 
 @pytest.mark.parametrize(
