@@ -527,7 +527,8 @@ def claim(folder):
 
 def describe(args) -> dict[str, str]:
     """The flags that a run must share with the one that it resumes, torchrun's among them."""
-    free = ("resume", "out", "device", "sample_steps", "compile", "checkpoint")
+    # what doesn't change the training; n and guidance are flags of examples/stable_diffusion.py
+    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps", "n", "guidance")
     flags = {key: str(value) for key, value in vars(args).items() if key not in free}
     return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 
@@ -540,6 +541,8 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     or if its inputs differ.
     """
     path = args.out / "state.pt"
+    if not path.exists():
+        raise ValueError(f"{path} doesn't exist, so nothing can go on; start without --resume")
     saved = load(path, kind)
     if RANK == 0:  # it holds the lock of the folder
         remove_leftovers(args.out)
@@ -552,8 +555,7 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
         raise not_whole(path)
     differ = [key for key, value in describe(args).items() if was.get(key) != value]
     if not set(differ) <= set(may_differ):
-        values = {key: textwrap.shorten(str(was.get(key)), 60) for key in differ}
-        flags = " ".join(f"--{key} {value}" for key, value in values.items())
+        flags = " ".join(as_flag(key, was.get(key)) for key in differ)
         raise ValueError(
             f"{path} comes from a run with {flags}; resume with the same, or choose another --out"
         )
@@ -564,6 +566,16 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
                 "bring them back, or choose another --out"
             )
     return saved
+
+
+def as_flag(key, value) -> str:
+    """What a user types, or doesn't, for an argument that describe has made text."""
+    flag = "--" + key.replace("_", "-")
+    if value == "True":
+        return flag
+    if value in ("False", "None"):
+        return f"no {flag}"
+    return f"{flag} {textwrap.shorten(str(value), 60)}"
 
 
 def remove_leftovers(folder):

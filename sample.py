@@ -203,13 +203,13 @@ def main():
     if not words.any():
         raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
     check_out(args)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     model = load_model(args.ckpt, args.device)
     if not hasattr(model, "quant_config"):
         refuse_quantized_flags(args)
     if args.adapter:
         load_adapter(model, load(args.adapter, "adapter"))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     images = sample(
         model,

@@ -225,12 +225,24 @@ def test_another_number_of_processes_is_not_resumed(finished, capsys, monkeypatc
     _, flags = finished
     monkeypatch.setattr(runtime, "WORLD_SIZE", 2)
     error = error_of(train, *flags, "--resume", capsys=capsys)
-    assert "--nproc_per_node 1" in error
+    assert "--nproc-per-node 1" in error
 
 
 def test_the_same_contents_are_resumed(finished, capsys):
     _, flags = finished
     assert run(train, *flags, "--resume") == 0
+
+
+def test_a_run_that_has_no_state_is_told_to_start(finished, tmp_path, capsys):
+    _, flags = finished
+    error = error_of(train, *flags[:-1], tmp_path / "new", "--resume", capsys=capsys)
+    assert "state.pt doesn't exist, so nothing can go on; start without --resume" in error
+
+
+def test_flags_of_the_other_run_are_named_as_they_are_typed(finished, capsys):
+    _, flags = finished
+    error = error_of(train, *flags, "--train-words", "--resume", capsys=capsys)
+    assert "a run with no --train-words;" in error
 
 
 def test_what_a_state_says_about_its_run_is_shortened(finished, capsys):
