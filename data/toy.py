@@ -538,14 +538,19 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def read_image(file):
-    """Read an image file of any size: (3, 16, 16) in [-1, 1], transparency flattened onto black."""
+def read_rgb(file):
+    """Read an image file: a PIL image in RGB, transparency flattened onto black."""
     with refusing(file), open_image(file) as image:
         check_image(image)
         image.load()
         image = upright(image).convert("RGBA")
     black = Image.new("RGBA", image.size, "black")
-    image = Image.alpha_composite(black, image).convert("RGB")
+    return Image.alpha_composite(black, image).convert("RGB")
+
+
+def read_image(file):
+    """Read an image file of any size: (3, 16, 16) in [-1, 1]."""
+    image = read_rgb(file)
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     pixels = torch.from_numpy(np.array(image))                    # (16, 16, 3) in 0 .. 255

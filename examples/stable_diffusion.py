@@ -24,6 +24,7 @@ The learning rate is DiffFit's for scale factors (Xie et al. 2023); it wasn't tu
 The same seed gives the same adapter on a CPU; on a GPU, PyTorch's attention sums in no fixed order.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -40,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from calibrate import CALIBRATIONS
+from data.toy import SUFFIXES, files_with, read_rgb
 from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
     Loop,
@@ -48,6 +50,8 @@ from runtime import (
     checksum,
     claim,
     describe,
+    filled,
+    filled_path,
     guard,
     load,
     load_state,
@@ -64,23 +68,24 @@ except (ImportError, RuntimeError) as error:
     print(f"{reason}; try pip install -r examples/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 def arguments():
     parser = Parser(description="TuneQDM for Stable Diffusion 1.x and 2.x")
-    parser.add_argument(
-        "--model", required=True, help="a folder, or a name on the Hugging Face Hub"
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/stable-diffusion"), help="a folder")
-    parser.add_argument("--base", type=Path, help="the quantized UNet (default: base.pt in --out)")
-    parser.number("--seed", int, 0, 2**62, 0, "seed of everything random")
+    model_help = "a folder, or a name on the Hugging Face Hub"
+    parser.add_argument("--model", type=filled, required=True, help=model_help)
+    out = Path("out/stable-diffusion")
+    parser.add_argument("--out", type=filled_path, default=out, help="a folder")
+    base_help = "the quantized UNet (default: base.pt in --out)"
+    parser.add_argument("--base", type=filled_path, help=base_help)
+    parser.seed("seed of everything random")
     parser.device()
 
     data = parser.add_argument_group("data")
-    data.add_argument("--subject", type=Path, help="a folder with images of the subject")
+    subject_help = "a folder with PNG or JPEG images of the subject"
+    data.add_argument("--subject", type=filled_path, help=subject_help)
     data.add_argument("--prompt", help="names it by a rare word: 'a photo of sks dog'")
-    data.add_argument("--class-images", type=Path, help="a folder with images of its class")
+    class_help = "a folder with images of its class"
+    data.add_argument("--class-images", type=filled_path, help=class_help)
     data.add_argument("--class-prompt", help="names the class: 'a photo of a dog'")
 
     quantizer = parser.add_argument_group("quantizer")
@@ -115,6 +120,9 @@ def arguments():
         parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
     if bool(args.class_images) != bool(args.class_prompt):
         parser.error("--class-images and --class-prompt belong together; give both, or neither")
+    for folder in (args.subject, args.class_images):
+        if folder and folder.resolve() == args.out.resolve():
+            parser.error(f"{folder} can't be --out, whose images would join it; choose another")
     makes_base = args.subject and not args.base.exists()
     if makes_base and args.calibration == "gptq" and not args.class_images:
         parser.error("--calibration gptq needs --class-images; give them, or use rowcol")
@@ -126,26 +134,34 @@ def arguments():
 # --------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(kind, name, dtype=torch.float32, **options):
-    """kind.from_pretrained, whose many errors become one sentence (ValueError)."""
+@contextlib.contextmanager
+def reading(name):
+    """Make one sentence (ValueError) of the many errors that reading --model can end in."""
     try:
-        pipeline = StableDiffusionPipeline.load_config(name)["_class_name"]
-        if pipeline == "StableDiffusionPipeline":
-            return kind.from_pretrained(name, dtype=dtype, low_cpu_mem_usage=False, **options)
+        yield
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"--model {name} can't be read ({reason}); "
             "give a folder that save_pretrained wrote, or a name on the Hugging Face Hub"
         ) from None
-    raise ValueError(
-        f"--model {name} is a {pipeline}; give a StableDiffusionPipeline, "
-        "which is Stable Diffusion 1.x or 2.x (SDXL has a second text encoder)"
-    )
+
+
+def from_pretrained(kind, name, dtype=torch.float32, **options):
+    """kind.from_pretrained, in 32-bit floats unless dtype says otherwise."""
+    with reading(name):
+        return kind.from_pretrained(name, dtype=dtype, low_cpu_mem_usage=False, **options)
 
 
 def load_pipeline(name, unet=None):
     """The pipeline around this UNet, or without one."""
+    with reading(name):
+        pipeline = StableDiffusionPipeline.load_config(name)["_class_name"]
+    if pipeline != "StableDiffusionPipeline":
+        raise ValueError(
+            f"--model {name} is a {pipeline}; give a StableDiffusionPipeline, "
+            "which is Stable Diffusion 1.x or 2.x (SDXL has a second text encoder)"
+        )
     without = {"safety_checker": None, "requires_safety_checker": False}
     pipe = from_pretrained(StableDiffusionPipeline, name, unet=unet, **without)
     predicts = pipe.scheduler.config.prediction_type
@@ -154,22 +170,27 @@ def load_pipeline(name, unet=None):
     return pipe
 
 
+def image_size(pipe, name):
+    """Height and width of the images that the pipeline's UNet was made for, in pixels."""
+    with reading(name):
+        latent_size = UNet2DConditionModel.load_config(name, subfolder="unet")["sample_size"]
+    if not isinstance(latent_size, int):
+        raise ValueError(f"--model {name} has a sample_size of {latent_size}; give a square one")
+    return latent_size * pipe.vae_scale_factor
+
+
 def read_image(path, size):
     """The image's middle square: (1, 3, size, size) in [-1, 1]."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except Exception:
-        raise ValueError(f"{path} is no image that can be read; remove or replace it") from None
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image))  # (size, size, 3), uint8
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def images_in(folder):
     """The paths of a folder's images."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES)
+    paths = files_with(SUFFIXES, folder)
     if not paths:
-        raise ValueError(f"{folder} holds no images ({' '.join(IMAGES)}); give a folder that does")
+        raise ValueError(f"{folder} holds no PNG or JPEG files; give a folder that does")
     return paths
 
 
@@ -178,13 +199,17 @@ def checksum_of(folder):
     return checksum([hashlib.sha256(path.read_bytes()).hexdigest() for path in images_in(folder)])
 
 
-@torch.no_grad()
-def encode(pipe, folder, prompt, size):
-    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
+def check_prompt(pipe, prompt):
+    """Raise ValueError for a prompt that the text encoder would cut."""
     tokens = len(pipe.tokenizer(prompt).input_ids)
     if tokens > pipe.tokenizer.model_max_length:
         raise ValueError(f"'{prompt}' has {tokens} tokens, too many for the model; shorten it")
 
+
+@torch.no_grad()
+def encode(pipe, folder, prompt, size):
+    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
+    check_prompt(pipe, prompt)
     latents = []
     for path in tqdm(images_in(folder), f"encoding {folder.name}", leave=False):
         image = read_image(path, size).to(pipe.device)
@@ -372,8 +397,7 @@ def train(args):
         load_state(args, "Stable Diffusion state")  # if that fails, it does before all else
     pipe = load_pipeline(args.model).to(args.device)
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
-    latent_size = UNet2DConditionModel.load_config(args.model, subfolder="unet")["sample_size"]
-    size = latent_size * pipe.vae_scale_factor  # of an image
+    size = image_size(pipe, args.model)
     data = [encode(pipe, args.subject, args.prompt, size)]
     if args.class_images:
         data.append(encode(pipe, args.class_images, args.class_prompt, size))
@@ -398,7 +422,7 @@ def train(args):
     tune(unet, noise, data, args, state, inputs)
 
     path = args.out / "adapter.pt"
-    save({"kind": "adapter", "buckets": args.buckets, **adapter(unet)}, path)
+    save({"kind": "Stable Diffusion adapter", "buckets": args.buckets, **adapter(unet)}, path)
     count = sum(delta.numel() for delta in deltas(unet).values())
     print(f"wrote {path}: {count:,} scales in {path.stat().st_size / 1e6:.2f} MB")
     print(f"peak memory {peak_memory(args.device) / 1e9:.2f} GB ({args.device})")
@@ -416,11 +440,14 @@ def draw(args):
     The pipeline gives the UNet one timestep for all samples, so a call takes one bucket's scales.
     Weights stay packed: the 3.4 GB of float weights never exist.
     """
-    subject = load(args.out / "adapter.pt", "adapter")
+    subject = load(args.out / "adapter.pt", "Stable Diffusion adapter")
     base = load(args.base, "Stable Diffusion base")
+    if base["made"]["model"] != args.model:
+        raise ValueError(f"{args.base} was made with --model {base['made']['model']}; give that")
     unet = build(base, subject["buckets"])
     load_adapter(unet, subject)
     pipe = load_pipeline(args.model, unet).to(args.device)
+    check_prompt(pipe, args.sample)
     pipe.set_progress_bar_config(disable=True)
     images = []
     # one by one, so that an image depends on the seed and its number only

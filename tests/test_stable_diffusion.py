@@ -58,6 +58,9 @@ def make_unet():
     )
 
 
+KIND = "Stable Diffusion adapter"
+
+
 def save_pipeline(folder):
     """A whole Stable Diffusion 1.x pipeline; its tokenizer knows single letters only."""
     letters = "adfghkopst"
@@ -121,14 +124,14 @@ def flags(folder):
 
 
 def saved_deltas(folder):
-    return load(folder / "adapter.pt", "adapter")["deltas"]
+    return load(folder / "adapter.pt", KIND)["deltas"]
 
 
 def test_a_run_trains_both_buckets(world):
     files = {path.name for path in (world / "run").iterdir()}
     assert files == {"adapter.pt", "base.pt", "state.pt", "lock"}
     unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
-    stable_diffusion.load_adapter(unet, load(world / "run" / "adapter.pt", "adapter"))
+    stable_diffusion.load_adapter(unet, load(world / "run" / "adapter.pt", KIND))
     for b in ("0", "1"):
         moved = [delta.any() for name, delta in deltas(unet).items() if name.endswith(f"_{b}")]
         assert len(moved) > 50 and sum(moved) > 0.8 * len(moved)
@@ -227,7 +230,7 @@ def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch
     monkeypatch.setattr(runtime.Loop, "watch", watch)
     assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
     assert "comes from a run with --lr 0.01" in capsys.readouterr().err
-    assert run(stable_diffusion, *once, "--resume") == 0
+    assert run(stable_diffusion, *once, "--resume", "--n", 2) == 0
     assert "peak memory" in capsys.readouterr().out
     for name in ("adapter.pt", "state.pt"):
         resumed = torch.load(tmp_path / name, weights_only=True)
@@ -351,7 +354,7 @@ def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
     assert (one == five[8:, :8]).all()  # the fifth image is seed 4's first
 
     # the adapter is what is drawn
-    adapter = load(tmp_path / "adapter.pt", "adapter")
+    adapter = load(tmp_path / "adapter.pt", KIND)
     adapter["deltas"] += 0.5
     save(adapter, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command, "--n", 1, "--seed", 4) == 0
@@ -360,6 +363,29 @@ def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
     save(adapter, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command) == 2
     assert "made for another base" in capsys.readouterr().err
+
+
+def test_draws_with_the_model_that_the_base_was_made_of(world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "other")
+    command = ["--device", "cpu", "--out", world / "run"]
+    assert run(stable_diffusion, "--model", tmp_path / "other", "--sample", "dog", *command) == 2
+    assert f"was made with --model {world / 'model'}; give that" in capsys.readouterr().err
+    long = "sks dog" * 9
+    assert run(stable_diffusion, "--model", world / "model", "--sample", long, *command) == 2
+    assert "too many for the model" in capsys.readouterr().err
+    assert not (world / "run" / "sample.png").exists()
+
+
+@pytest.mark.parametrize("name", ["dog", "dogs"])
+def test_a_folder_of_images_is_not_written_to(name, world, capsys):
+    assert run(stable_diffusion, *flags(world), "--out", world / name) == 2
+    assert "can't be --out" in capsys.readouterr().err
+    assert len(list((world / name).iterdir())) == 2
+
+
+def test_transparent_pixels_are_black(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "0.png")
+    assert (stable_diffusion.read_image(tmp_path / "0.png", 8) == -1).all()
 
 
 def test_bad_input_is_one_sentence(world, tmp_path, capsys):
@@ -371,6 +397,11 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
         index = json.loads((world / "model" / "model_index.json").read_text())
         index["_class_name"] = pipeline or index["_class_name"]
         (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+    for name in ("no unet", "oblong"):
+        shutil.copytree(world / "model", tmp_path / name)
+    config = tmp_path / "oblong" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [8, 16]}))
+    shutil.rmtree(tmp_path / "no unet" / "unet")
     base = ["--base", world / "run" / "base.pt"]
     cases = {
         "give --subject": ["--model", "x"],
@@ -390,8 +421,11 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
         "can't be read": [*flags(world), "--model", tmp_path / "missing"],
         "can't be read (": [*flags(world), "--model", tmp_path / "damaged"],
         "is a StableDiffusionXLPipeline": [*flags(world), "--model", tmp_path / "sdxl"],
-        "holds no images": [*flags(world), "--subject", tmp_path / "empty"],
-        "dog.png is no image": [*flags(world), "--subject", tmp_path / "broken"],
+        "holds no PNG or JPEG": [*flags(world), "--subject", tmp_path / "empty"],
+        "dog.png can't be read": [*flags(world), "--subject", tmp_path / "broken"],
+        "is empty": [*flags(world), "--subject", ""],
+        "no file named config.json": [*flags(world), "--model", tmp_path / "no unet"],
+        "a sample_size of [8, 16]": [*flags(world), "--model", tmp_path / "oblong"],
         "too many for the model": [*flags(world), "--prompt", "sks dog" * 9],
         "was made with": [*flags(world), *base, "--bits", 8],
         "no longer finite": [*flags(world), *base, "--lr", 10, "--steps", 60],
