@@ -55,7 +55,8 @@ def minmax(w: Tensor, n_bits: int, shrink: float = 1.0) -> Grid:
     low = w.amin((2, 3), keepdim=True).clamp(max=0) * shrink  # (G, O, 1, 1)
     high = w.amax((2, 3), keepdim=True).clamp(min=0) * shrink  # (G, O, 1, 1)
     steps = 2**n_bits - 1
-    s_out = torch.where(high > low, (high - low) / steps, 1)  # 1 for a row of zeros
+    s_out = (high - low) / steps
+    s_out = torch.where(s_out > 0, s_out, 1)  # for a row of zeros
     zero_point = (-low / s_out).round()
     codes = nearest_codes(w, s_out, zero_point, n_bits)
     s_in = torch.ones_like(w[:, :1, :, :1])
@@ -131,10 +132,14 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
-    A row or column of equal weights has none. Left at 0, it would be the smallest, which all others
-    are divided down to. So it counts as the largest, which changes neither.
+    It is at least a third of the root mean square: a grid includes 0, so weights that are nearly
+    equal, but far from 0, aren't small. All others would be divided down to their deviation.
+
+    A row or column of zeros has neither. It counts as the largest, which changes no other.
     """
     std = w.std(dims, keepdim=True, correction=0)
+    root_mean_square = w.square().mean(dims, keepdim=True).sqrt()
+    std = torch.maximum(std, root_mean_square / 3)
     largest = std.amax((1, 2), True)
     return std.where(std > 0, largest).clamp(min=1e-12)
 
@@ -188,7 +193,7 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
     """
     g, o, i, k = w.shape
     moved = []
-    for w_group, h, cross in zip(w.reshape(g, o, i * k), *seen):
+    for w_group, h, cross in zip(w.reshape(g, o, i * k), seen.h, seen.cross):
         moved.append(match_outputs(w_group, h, cross))
     v = torch.stack(moved).view_as(w)
 
@@ -198,7 +203,9 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
     v = (v / s_in).reshape(g, o, i * k)
     s_of_input = s_in.expand(g, 1, i, k).reshape(g, 1, i * k)
     h = seen.h * s_of_input * s_of_input.mT
-    codes = [compensate(*group, n_bits) for group in zip(v, s_out, zero_point, h)]
+    codes = []
+    for v_group, s_out_group, zero_point_group, h_group in zip(v, s_out, zero_point, h):
+        codes.append(compensate(v_group, s_out_group, zero_point_group, h_group, n_bits))
     return Grid(torch.stack(codes).view_as(w), zero_point, s_out, s_in)
 
 
@@ -262,7 +269,7 @@ def average(h: Tensor) -> Tensor:
 
 
 class Reached(Exception):
-    """Ends a call of a model early. If the model catches it, no harm is done."""
+    """Ends a call of a model early. If the model catches it, its result isn't used."""
 
 
 def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
@@ -323,13 +330,15 @@ def call(model: nn.Module, batch, seed: int = 0) -> None:
 
 
 def copy_of(value):
-    """value with a copy of each of its tensors, in tuples, lists and dicts. Tuples become lists."""
+    """value with a copy of each of its tensors, in tuples, lists and dicts."""
     if torch.is_tensor(value):
         return value.detach().clone()
     if isinstance(value, Mapping):
         return {key: copy_of(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [copy_of(item) for item in value]
+        items = [copy_of(item) for item in value]
+        is_named = hasattr(value, "_fields")  # a NamedTuple takes its fields one by one
+        return type(value)(*items) if is_named else type(value)(items)
     return value
 
 

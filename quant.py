@@ -38,7 +38,7 @@ of the base (s_out and s_in without deltas), and the exp(d_in) and exp(d_out) of
 bucket multiply its activations before and after the matmul. A bucket without a sample in the batch
 has no gradient (None, not zeros), so the optimizer skips it and leaves its momentum alone.
 
-The chapters: buckets, bits, the layer, the swap, timesteps, afterwards. calibrate.py finds the
+The chapters: buckets, bits, timesteps, the layer, the swap, afterwards. calibrate.py finds the
 integers and the scales to start from.
 """
 
@@ -91,7 +91,8 @@ def bucket(t: Tensor, edges: list[float]) -> Tensor:
     if not inside.all():
         wrong = time[~inside].flatten()[0].item()
         raise ValueError(
-            f"timesteps must lie in {edges[0]:g} .. {edges[-1]:g}, and one is {wrong:g}"
+            f"timesteps must lie in {edges[0]:g} .. {edges[-1]:g}, and one is {wrong:g}; "
+            "correct it, or quantize with another T or other edges"
         )
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
     return torch.bucketize(time, inner, right=True).to(t.device)
@@ -149,6 +150,87 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# Timesteps: what the layers are told about a batch
+# --------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What a call of a model tells its layers about the batch."""
+
+    model: nn.Module  # whose call it is
+    buckets: list[int]  # the B buckets in the batch, in increasing order
+    slot: Tensor  # (N,), the index in buckets of each sample's
+    outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
+    # the caller has found the buckets: a CUDA graph can't read timesteps (experiments/graphs.py)
+    is_fixed: bool = False
+
+
+# The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two
+# threads may call one model at once (each has its own value of a ContextVar), and a model may be
+# copied or pickled at any time.
+current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
+
+
+def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
+    """The buckets and the slot (see Batch) of a batch with timesteps t, (N,) or one for all.
+
+    With two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1].
+    """
+    b = bucket(t, edges).flatten()
+    buckets, slot = b.unique(return_inverse=True)
+    return buckets.tolist() or [0], slot  # a batch may be empty
+
+
+def enter_call(model, args, kwargs):
+    """Before the model's forward: find the buckets in the batch."""
+    outer = current_batch.get()
+    if outer is not None and outer.model is model and outer.is_fixed:
+        return
+    config = model.quant_config
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    t = given.get(config["timestep"])
+    if t is None:
+        name = config["timestep"]
+        raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
+    buckets, slot = find_buckets(t, config["edges"])
+    current_batch.set(Batch(model, buckets, slot, outer))
+
+
+def leave_call(model, *_):
+    """After the model's forward, even if it failed: a layer called on its own then raises.
+
+    PyTorch calls no hook after KeyboardInterrupt. That batch then stays the current one, except
+    during later calls.
+    """
+    batch = current_batch.get()
+    if batch is not None and batch.model is model and not batch.is_fixed:
+        current_batch.set(batch.outer)
+
+
+def remember():
+    """The context_fn for torch.utils.checkpoint in a model with several buckets.
+
+    checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
+    block. It runs the block in the first context, and runs it again in backward in the second. By
+    then the call of the model is over, so the second sets its batch again.
+    """
+    return contextlib.nullcontext(), batch_set(current_batch.get())
+
+
+class batch_set:
+    """A context in which batch is the current one. Backward may run twice, and enter it again."""
+
+    def __init__(self, batch: Batch | None):
+        self.batch = batch
+
+    def __enter__(self):
+        self.token = current_batch.set(self.batch)
+
+    def __exit__(self, *error):
+        current_batch.reset(self.token)
+
+
+# --------------------------------------------------------------------------------------------------
 # The layer: frozen integers, trained scales
 # --------------------------------------------------------------------------------------------------
 
@@ -158,7 +240,8 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 class OneBucket(torch.autograd.Function):
     """y = W x + bias, for a batch whose samples all share a bucket: W has that bucket's scales.
 
-    Shapes are written for a convolution; a linear layer has x (N, ..., I) and y (N, ..., O).
+    Shapes are written for a convolution without groups; a linear layer has x (N, ..., I) and
+    y (N, ..., O).
     d_out (O,), d_in (I,): the deltas of the bucket; d_in is None if columns aren't trained.
     bias: (O,) or None. layer: the QuantLayer, which knows how to multiply.
     """
@@ -169,7 +252,7 @@ class OneBucket(torch.autograd.Function):
 
         # y = W x + bias
         w = layer.dequantize(d_out, d_in, x.dtype)                  # (O, I, *kernel)
-        if bias is None or is_exact(x):
+        if bias is None or can_lose_bias(x):
             y = layer.matmul(x, w, bias)                            # (N, O, H', W')
             kept_y = y
         else:
@@ -198,7 +281,7 @@ class OneBucket(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            bias_in_y = bias if is_exact(y) else None
+            bias_in_y = bias if can_lose_bias(y) else None
             grad_out = layer.gradient_of(d_out, g, y, bias_in_y)    # (O,)
 
         # dL/dd_in = sum of gx * x
@@ -231,7 +314,7 @@ class MixedBuckets(torch.autograd.Function):
         kept_y = y
         if bias is not None:
             y = layer.add_bias(y, bias)
-            kept_y = y if is_exact(y) else kept_y
+            kept_y = y if can_lose_bias(y) else kept_y
 
         ctx.layer = layer
         ctx.slot = slot
@@ -259,7 +342,7 @@ class MixedBuckets(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            bias_in_y = bias if is_exact(y) else None
+            bias_in_y = bias if can_lose_bias(y) else None
             grad_out = layer.gradient_of(d_out, g, y, bias_in_y, slot)  # (B, O)
 
         # dL/dd_in = sum of gx * x
@@ -274,8 +357,8 @@ class MixedBuckets(torch.autograd.Function):
 # fmt: on
 
 
-def is_exact(y: Tensor) -> bool:
-    """True if W x can be had from y by subtracting the bias, so that y is what to keep.
+def can_lose_bias(y: Tensor) -> bool:
+    """True if subtracting the bias from y gives W x again, so that y is what to keep.
 
     The next layer often keeps y as well, which makes it free. In float16 and bfloat16 a large bias
     leaves few digits of W x in y. There W x itself is kept.
@@ -322,7 +405,7 @@ class QuantLayer(nn.Module):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.bias = bias
 
-        # sums depend on the order in memory, and codes shouldn't: it is always channels_last
+        # sums depend on the order in memory; the codes must not, so it is always channels_last
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
@@ -342,15 +425,15 @@ class QuantLayer(nn.Module):
                 self.register_parameter(f"{kind}_{b}", nn.Parameter(torch.zeros_like(scale)))
 
     def delta(self, kind: str, b: int) -> nn.Parameter | None:
-        """d_out (O,) or d_in (I,) of bucket b; None if such deltas aren't trained."""
+        """d_out (G * O,) or d_in (G * I,) of bucket b; None if such deltas aren't trained."""
         return getattr(self, f"{kind}_{b}") if kind in self.trained else None
 
     # fmt: off
     def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
-        """The float weight (O, I, *kernel) for the deltas of a bucket, by default the base's.
+        """The float weight (G * O, I, *kernel) for the deltas of a bucket, by default the base's.
 
-        d_out (O,), d_in (I,): deltas; None stands for zeros. dtype: of the weight, by default the
-        model's.
+        d_out (G * O,), d_in (G * I,): deltas; None stands for zeros. dtype: of the weight, by
+        default the model's.
         """
         dtype = dtype or self.dtype
         if has_kernels_for(self.s_out):
@@ -448,21 +531,23 @@ class QuantLayer(nn.Module):
 
         # is_in[b, n] is 1 if sample n is in bucket b: a matmul with it is a sum for each bucket
         is_in = F.one_hot(slot, len(d)).to(d.dtype).T               # (B, N)
-        return is_in @ total                                        # (B, C)
+        with torch.autocast(total.device.type, enabled=False):      # backward may run in it
+            return is_in @ total                                    # (B, C)
     # fmt: on
 
     def _apply(self, fn, recurse=True):
         """What model.half(), model.to("cuda") and the like call, with an fn for every tensor.
 
-        Whatever they ask for, the scales, deltas and bias of a quantized layer keep at least
-        float32. In float16 a small scale becomes 0 and a large one infinite, and in bfloat16 a
-        delta loses the steps of the optimizer to rounding.
+        Whatever they ask for, integers stay integers, and scales, deltas and bias don't become
+        float16 or bfloat16. In float16 a small scale becomes 0 and a large one infinite, and in
+        bfloat16 a delta loses the steps of the optimizer to rounding.
         """
 
         def at_least_float32(tensor):
             moved = fn(tensor)
-            too_coarse = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if too_coarse else moved
+            too_coarse = moved.dtype.itemsize < 4
+            keeps_dtype = too_coarse or not tensor.is_floating_point()
+            return tensor.to(moved.device) if keeps_dtype else moved
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return super()._apply(at_least_float32, recurse)
@@ -616,7 +701,7 @@ def quantize(
     else:
         made = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
-    # before the new layers come in: their deltas train
+    # freeze the model now: the new layers, whose deltas train, are put in afterwards
     inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
     model.requires_grad_(False)
     for delta in inner_deltas:
@@ -635,13 +720,13 @@ def quantize(
         "keep_float": keep_float,
     }
     if num_buckets > 1:
-        model.register_forward_pre_hook(set_batch, with_kwargs=True)
-        model.register_forward_hook(clear_batch, always_call=True)
+        model.register_forward_pre_hook(enter_call, with_kwargs=True)
+        model.register_forward_hook(leave_call, always_call=True)
     return model
 
 
 def put(model: nn.Module, layers: dict[nn.Module, list[str]], made: dict[nn.Module, nn.Module]):
-    """Give the model the quantized layers that are made, and the float ones in all other places.
+    """Put each layer's quantized version in its places, or the float layer if none is made yet.
 
     layers: {float layer: its names}. made: {float layer: quantized layer}.
     """
@@ -794,8 +879,8 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list
     kept = {module for name, module in modules if matches(name, keep_float)}
     layers = {}
     for name, module in modules:
-        if module in kept or "parametrizations" in name.split("."):  # these make a layer's weight
-            continue
+        if module in kept or "parametrizations" in name.split("."):
+            continue  # a parametrization computes a layer's weight, and goes with it
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention, QuantLayer)):
             continue
         reason = why_not(model, name, module)
@@ -866,86 +951,6 @@ def first_and_last_conv(layers: dict[nn.Module, list[str]]) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Timesteps: what the layers are told about a batch
-# --------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """What a call of a model tells its layers about the batch."""
-
-    model: nn.Module  # whose call it is
-    buckets: list[int]  # the B buckets in the batch, in increasing order
-    slot: Tensor  # (N,), the index in buckets of each sample's
-    outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
-    is_fixed: bool = False  # the caller of the model has found the buckets (experiments/graphs.py)
-
-
-# The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two
-# threads may call one model at once (each has its own value of a ContextVar), and a model may be
-# copied or pickled at any time.
-current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
-
-
-def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
-    """The buckets and the slot (see Batch) of a batch with timesteps t, (N,) or one for all.
-
-    With two buckets, t = [900, 100, 950] has buckets = [0, 1] and slot = [1, 0, 1].
-    """
-    b = bucket(t, edges).flatten()
-    buckets, slot = b.unique(return_inverse=True)
-    return buckets.tolist() or [0], slot  # a batch may be empty
-
-
-def set_batch(model, args, kwargs):
-    """Before the model's forward: find the buckets in the batch."""
-    outer = current_batch.get()
-    if outer is not None and outer.model is model and outer.is_fixed:
-        return
-    config = model.quant_config
-    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    t = given.get(config["timestep"])
-    if t is None:
-        name = config["timestep"]
-        raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
-    buckets, slot = find_buckets(t, config["edges"])
-    current_batch.set(Batch(model, buckets, slot, outer))
-
-
-def clear_batch(model, *_):
-    """After the model's forward, even if it failed: a layer called on its own then raises.
-
-    PyTorch calls no hook after KeyboardInterrupt. That batch then stays the current one, except
-    during later calls.
-    """
-    batch = current_batch.get()
-    if batch is not None and batch.model is model and not batch.is_fixed:
-        current_batch.set(batch.outer)
-
-
-def remember():
-    """The context_fn for torch.utils.checkpoint in a model with several buckets.
-
-    checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
-    block. It runs the block in the first context, and runs it again in backward in the second. By
-    then the call of the model is over, so the second sets its batch again.
-    """
-    return contextlib.nullcontext(), batch_set(current_batch.get())
-
-
-class batch_set:
-    """A context in which batch is the current one. Backward may run twice, and enter it again."""
-
-    def __init__(self, batch: Batch | None):
-        self.batch = batch
-
-    def __enter__(self):
-        self.token = current_batch.set(self.batch)
-
-    def __exit__(self, *error):
-        current_batch.reset(self.token)
-
-
-# --------------------------------------------------------------------------------------------------
 # Afterwards: what you carry away
 # --------------------------------------------------------------------------------------------------
 
@@ -986,16 +991,18 @@ def canonical(name: str) -> str:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by their canonical names: two, if it is used in two places."""
+    """All parameters by their canonical names; a shared one appears under each of its names."""
     named = unwrapped(model).named_parameters(remove_duplicate=False)
     return {canonical(name): value for name, value in named}
 
 
 def named_by(also: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that also names, by their canonical names: the first, if there are two.
+    """The parameters listed in also, by their canonical names; a shared one by its first.
 
-    Raises ValueError for a name that no parameter has, neither in model nor in what it wraps.
+    also may be one name. Raises ValueError for a name that no parameter has, neither in model nor
+    in what it wraps.
     """
+    also = [also] if isinstance(also, str) else also
     parameters = parameters_of(model)
     named = {**dict(model.named_parameters(remove_duplicate=False)), **parameters}
     found = {}
@@ -1088,8 +1095,8 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
         raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {give}")
     same_base = saved.get("fingerprint") == fingerprint(model, also)
     for key, value in mine.items():
-        if key == "calibration" and same_base:
-            continue  # a model quantized by minmax may have been filled with a saved base
+        if key in ("calibration", "keep8", "keep_float") and same_base:
+            continue  # other ways to the same integers and scales, such as a saved base
         if repr(config.get(key)) != repr(value):  # a damaged file may hold what can't be compared
             theirs = reprlib.repr(config.get(key))  # shortened
             raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(value)}; {give}")
@@ -1101,11 +1108,14 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
 
     count = sum(delta.numel() for delta in deltas(model).values())
     if not is_finite_tensor(saved.get("deltas"), (count,)):
-        raise ValueError(f"the adapter is damaged: its deltas aren't {count} finite numbers")
+        raise ValueError(
+            f"the adapter is damaged: its deltas aren't {count} finite numbers; copy it again"
+        )
     for name, value in also.items():
         if not is_finite_tensor(value, parameters[name].shape):
             raise ValueError(
-                f"the adapter is damaged: its {name} isn't finite, or of another shape"
+                f"the adapter is damaged: its {name} isn't finite, or of another shape; "
+                "copy it again"
             )
 
 
@@ -1141,7 +1151,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
             model.set_submodule(name, plain_of[layer])
 
     del model.quant_config
-    for hook in (set_batch, clear_batch):
+    for hook in (enter_call, leave_call):
         remove_hook(model, hook)
     return model.requires_grad_(True)
 

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -369,6 +370,26 @@ class OnlyIterable:
         raise TypeError
 
     __len__ = None
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    scale: float
+
+
+class TakesTuples(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, pair, sizes):
+        if not isinstance(sizes, tuple):
+            raise TypeError("sizes must be a tuple")
+        return self.layer(pair.x * pair.scale)
+
+
+def test_tuples_in_a_batch_stay_what_they_are():
+    quantize(TakesTuples(), calibration="gptq", data=[(Pair(torch.randn(9, 4), 2.0), (4, 4))])
 
 
 def test_data_need_only_be_iterable():

@@ -568,6 +568,21 @@ def test_an_adapter_does_not_change_with_the_model():
     assert (saved["also"]["1.weight"] == 1).all()
 
 
+def test_one_name_may_be_given_alone():
+    model = quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 4)
+    assert adapter(model, also="1.weight")["also"].keys() == {"1.weight"}
+
+
+def test_patterns_of_another_order_are_the_same_base():
+    def base(keep8):
+        torch.manual_seed(0)
+        return quantize(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]), 4, keep8=keep8)
+
+    load_adapter(base(["0", "1"]), adapter(base(["1", "0"])))
+    with pytest.raises(ValueError, match="of keep8"):
+        load_adapter(base(["0", "1"]), adapter(base(["1", "2"])))
+
+
 def test_a_name_of_no_parameter_is_refused():
     model = quantize(nn.Sequential(nn.Linear(6, 5)), 4)
     with pytest.raises(ValueError, match="also has 'word', which is no parameter"):

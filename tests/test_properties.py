@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quant import CLOSE, OneLayer, Plain, deltas_beside_references
 
-from calibrate import CALIBRATIONS
+from calibrate import CALIBRATIONS, minmax, rowcol
 from quant import adapter, deltas, load_adapter, merge, pack, quantize, unpack
 
 settings.register_profile("repeatable", max_examples=80, deadline=None, derandomize=True)
@@ -193,3 +193,20 @@ def test_training_stays_finite_and_adapters_and_merged_models_carry_it(
         y = model(x, torch.full((len(x),), first_timestep))
         y2 = merge(model, b)(x, None)
         torch.testing.assert_close(y2, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("n_bits", [2, 4])
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3, 0.1])
+@pytest.mark.parametrize("size", [0.05, 0.5, 5])
+def test_a_column_of_nearly_equal_weights_does_not_ruin_the_others(size, spread, n_bits):
+    torch.manual_seed(0)
+    w = torch.randn(1, 64, 64, 1)
+    w[:, :, 0] = size * (1 + spread * torch.randn(64, 1))
+    error = (rowcol(w, n_bits).weight() - w).square().mean()
+    assert error < 1.1 * (minmax(w, n_bits).weight() - w).square().mean()
+
+
+def test_weights_near_the_smallest_number_have_a_grid():
+    grid = minmax(torch.tensor([[[[0.0], [1e-44]]]]), 8)
+    assert (grid.s_out > 0).all()
+    assert grid.codes.isfinite().all()

@@ -360,6 +360,30 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32():
         assert delta.grad.dtype == torch.float32
 
 
+def test_backward_in_autocast_sums_in_float32():
+    x = torch.randn(6, 3, 8, 8)
+    t = torch.tensor([1, 900, 950, 2, 3, 700])
+    gradients = []
+    for inside in (False, True):
+        model = quantized(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x, t).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append([delta.grad for delta in deltas(model).values()])
+    for outside, inside in zip(*gradients):
+        torch.testing.assert_close(inside, outside, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cast_leaves_the_integers_alone():
+    model = quantized(2).type(torch.float64)
+    assert model.block[0].codes.dtype == torch.uint8
+    assert model.block[0].s_out.dtype == torch.float64
+    model(torch.randn(2, 3, 8, 8).double(), torch.tensor([1, 900]))
+
+
 class Checkpointed(Net):
     """A net that leaves it to self.run how a block is run; without mix."""
 
