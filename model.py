@@ -95,7 +95,7 @@ def call(block, *args):
 class UNet(nn.Module):
     """Predicts v from a noisy image, its timestep and its caption.
 
-    channels: D at each resolution, from the highest to the lowest, each half of the one before.
+    channels: D at each resolution, the highest first; each next one has half the height and width.
     attention: the resolutions with attention, 0 is the highest. blocks: stages at each
     resolution. vocab: words in the vocabulary. slots: words of a caption, L. All of it is in
     .config, which travels in checkpoints.

@@ -23,16 +23,16 @@ from runtime import (
     WORLD_SIZE,
     Loop,
     Parser,
-    check_state,
     claim,
     command,
-    describe,
     guard,
     load_model,
     load_state,
     my_share,
     parallel,
+    restore,
     save,
+    state_after,
     use_device,
 )
 from sample import sample
@@ -81,12 +81,8 @@ def pretrain(args):
     first = 0
     if args.resume:
         state = load_state(args, "pretraining", may_differ=("steps",))  # more steps may follow
-        check_state(state, args, optimizer, model=model.state_dict(), ema=ema.state_dict())
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
+        first = restore(state, args, optimizer, generator, **weights)
 
     def save_base(step):
         base = {
@@ -99,15 +95,8 @@ def pretrain(args):
         save(base, args.out / "base.pt")
 
     def save_state(step):
-        state = {
-            "kind": "pretraining",
-            "step": step,
-            "args": describe(args),
-            "model": model.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-        }
+        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
+        state = state_after(step, args, optimizer, generator, kind="pretraining", **weights)
         # in this order: if the run is killed between the two, the steps after the old state are
         # done again, and base.pt is made again
         save_base(step)
@@ -143,7 +132,7 @@ def pretrain(args):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the moving average by 0.001 of the way to the model; by more in the first steps."""
+    """Move the moving average by 9 / (step + 10) of the way to the model, but at least 0.001."""
     decay = min(0.999, (step + 1) / (step + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 

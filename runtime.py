@@ -151,21 +151,29 @@ def load(path, *kinds) -> dict:
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{path} is damaged or not a checkpoint; give one that this project wrote"
+            f"{path} is damaged or not a checkpoint ({reason_of(error)}); "
+            "give one that this project wrote"
         ) from None
     if saved.pop("checksum", None) is None:
         raise ValueError(
             f"{path} has no checksum: an older version wrote it, or another program; make it again"
         )
     if saved.get("kind") not in kinds:
-        raise ValueError(f"{path} is not a checkpoint of kind {' or '.join(kinds)}; give one")
+        wanted = " or ".join(kinds)
+        raise ValueError(f"{path} is of kind '{saved.get('kind')}'; give one of kind {wanted}")
     return saved
+
+
+def reason_of(error) -> str:
+    """The start of an error's text, in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 100)
 
 
 def read_checkpoint(path) -> dict:
     """Read what write_checkpoint wrote. Whatever else the file holds, some exception is raised.
 
-    It never takes much more memory than the size of the file. A checksum may be missing.
+    The file may come from anyone. It never takes much more memory than its size. A checksum may be
+    missing.
     """
     if not os.path.isfile(path):  # reading a FIFO or a device might never end
         raise ValueError("not a file")
@@ -216,7 +224,7 @@ def load_model(path, device="cpu") -> UNet:
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{path} doesn't hold a whole model of this version; make it again"
+            f"{path} doesn't hold a whole model of this version ({reason_of(error)}); make it again"
         ) from None
     model.load_state_dict(saved["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
@@ -557,13 +565,13 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     if not set(differ) <= set(may_differ):
         flags = " ".join(as_flag(key, was.get(key)) for key in differ)
         raise ValueError(
-            f"{path} comes from a run with {flags}; resume with the same, or choose another --out"
+            f"{path} comes from a run with {flags}; resume with the same, or start without --resume"
         )
     for flag, value in inputs.items():
         if inputs_then[flag] != value:
             raise ValueError(
                 f"{path} comes from a run for which --{flag} had other contents; "
-                "bring them back, or choose another --out"
+                "bring them back, or start without --resume"
             )
     return saved
 
@@ -619,6 +627,32 @@ def check_state(saved, args, optimizer, **values):
         raise not_whole(path)
     if saved["step"] > args.steps:
         raise ValueError(f"{path} is at step {saved['step']} already; give --steps at least that")
+
+
+def restore(saved, args, optimizer, generator, **values) -> int:
+    """Put a state of load_state into the run. Returns its step, the first that is left to do.
+
+    values: as for check_state. Raises ValueError, before anything is changed, if it doesn't fit.
+    """
+    check_state(saved, args, optimizer, **values)
+    with torch.no_grad():
+        for name, tensors in values.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[name][key])
+    optimizer.load_state_dict(saved["optimizer"])
+    generator.set_state(saved["generator"])
+    return saved["step"]
+
+
+def state_after(step, args, optimizer, generator, **contents) -> dict:
+    """What state.pt holds after so many steps: contents, and what every run needs to go on."""
+    return {
+        "step": step,
+        "args": describe(args),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        **contents,
+    }
 
 
 def not_whole(path) -> ValueError:

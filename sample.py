@@ -35,8 +35,8 @@ from runtime import (
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
     """From x_t to x_s, s < t: Algorithm 2 of DDPM, line 4, with the posterior variance (eq. 7).
 
-    x (x_t), x0 and eps (the prediction), noise: (N, C, H, W). abar, abar_next: alphas_cumprod at
-    t and at s, 0-dimensional.
+    x (x_t), x0 and eps (the prediction), noise: (N, C, H, W); x0 isn't used. abar, abar_next:
+    alphas_cumprod at t and at s, 0-dimensional.
     """
     beta = 1 - abar / abar_next  # of the whole stride from s to t
     mean = (x - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
@@ -72,7 +72,7 @@ def sample(
 
     An image depends on its caption, the seed and its place in the batch, and on no other image.
     steps: timesteps visited, out of T. sampler: "ddpm" or "ddim". cfg_scale: the scale of
-    classifier-free guidance; 1 is none. chunk: how many images the model sees at once. packed:
+    classifier-free guidance; 1 is none. chunk: how many images are drawn at once. packed:
     keep the weights of a quantized model packed, which takes less memory and more time; else they
     are merged into float weights, once for each bucket.
     """
@@ -166,16 +166,20 @@ def arguments():
     parser.add_argument("--ckpt", type=filled_path, default=BASE, help=ckpt_help)
     adapter_help = "an adapter to put on the quantized model of --ckpt"
     parser.add_argument("--adapter", type=filled_path, help=adapter_help)
-    parser.add_argument("--prompt", default="red creature on green stripes")
+    prompt_help = "a caption (default: red creature on green stripes)"
+    parser.add_argument("--prompt", default="red creature on green stripes", help=prompt_help)
     parser.number("--n", int, 1, 1000, 8, "images")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
+    sampler_help = "DDPM's, with fresh noise in each step (default), or DDIM's, without"
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help=sampler_help)
     parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
     parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
     parser.seed("seed of the noise")
     packed_help = "never hold float weights: less memory, slower"
     parser.add_argument("--packed", action="store_true", help=packed_help)
     out = Path("out") / "sample.png"
-    parser.add_argument("--out", type=filled_path, default=out, help="the PNG to write")
+    parser.add_argument(
+        "--out", type=filled_path, default=out, help=f"the PNG to write (default: {out})"
+    )
     parser.device()
     return parser.parse_args()
 

@@ -27,11 +27,9 @@ from runtime import (
     WORLD_SIZE,
     Loop,
     Parser,
-    check_state,
     checksum,
     claim,
     command,
-    describe,
     file_size,
     filled,
     filled_path,
@@ -40,7 +38,9 @@ from runtime import (
     load_state,
     my_share,
     parallel,
+    restore,
     save,
+    state_after,
     use_device,
     write_png,
 )
@@ -114,6 +114,8 @@ def arguments(argv=None):
     args.bits = int(args.bits)
     if args.bits == 32:
         refuse_quantizer_flags(parser, argv)
+        if args.train_words:
+            parser.error("--bits 32 trains all words anyway; leave out --train-words")
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
@@ -124,14 +126,14 @@ def arguments(argv=None):
 
 def refuse_quantizer_flags(parser, argv):
     """End with a sentence if flags of the quantizer are given."""
-    given = parser.given(argv, ("scales", "buckets", "calibration", "train_words"))
+    given = parser.given(argv, ("scales", "buckets", "calibration"))
     if given:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        flags = " and ".join(f"--{name}" for name in given)
         parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
 
 
 def learning_rate(args, step):
-    """A warm-up of 20 steps to args.lr, then linear decay to zero."""
+    """Linear decay from args.lr to zero, times a warm-up of 20 steps."""
     return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
@@ -168,24 +170,11 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     first = 0
     if state is not None:
-        check_state(state, args, optimizer, trained=trained)
-        first = state["step"]
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+        first = restore(state, args, optimizer, generator, trained=trained)
 
     def save_state(step):
-        state = {
-            "kind": "fine-tuning",
-            "step": step,
-            "args": describe(args),
-            "inputs": inputs or {},
-            "trained": trained,
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-        }
+        contents = {"kind": "fine-tuning", "inputs": inputs or {}, "trained": trained}
+        state = state_after(step, args, optimizer, generator, **contents)
         save(state, args.out / "state.pt")
 
     if args.checkpoint:
@@ -198,7 +187,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        # B instance images, then B class images
+        # B instance images, then B class images, for each process
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
         eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
         x0, words, t, eps = my_share((x0, words, t, eps), args, parts=2)
@@ -381,7 +370,7 @@ def print_unused(folder):
 
 
 def check_out(args, folder):
-    """Raise ValueError if a file that the run writes would replace, or join, one that it reads."""
+    """Raise ValueError if a file that is written could replace one of --base or join --subject."""
     out = args.out.resolve()
     if out == Path(folder).resolve():
         raise ValueError(
@@ -391,7 +380,7 @@ def check_out(args, folder):
     base = Path(args.base).resolve()
     if base.parent == out and base.name in RUN_FILES:
         raise ValueError(
-            f"--base is {base.name} in --out, and the run would replace it; choose another --out"
+            "--base is in --out, whose files the run would replace; choose another --out"
         )
 
 

@@ -46,16 +46,16 @@ from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
     Loop,
     Parser,
-    check_state,
     checksum,
     claim,
-    describe,
     filled,
     filled_path,
     guard,
     load,
     load_state,
+    restore,
     save,
+    state_after,
     write_png,
 )
 
@@ -246,8 +246,8 @@ def calibration_data(latents, words, noise, device, n=64):
 def make_base(args, noise, data):
     """Quantize the UNet of --model and write it to --base, without deltas.
 
-    In float16 the UNet takes 1.7 GB of a GPU. gptq runs it, and takes float32 for that. quantize
-    computes in float32 anyway, and so are all scales.
+    In float16 the UNet takes 1.7 GB of a GPU. gptq runs it, and takes float32 for that. Scales are
+    float32 either way.
     """
     print(f"quantizing the UNet of {args.model} to {args.base}, once", flush=True)
     T = noise.config.num_train_timesteps
@@ -328,24 +328,11 @@ def tune(unet, noise, data, args, state=None, inputs=None):
     generator = torch.Generator().manual_seed(args.seed)  # of every random draw, on the CPU
     first = 0
     if state is not None:
-        check_state(state, args, optimizer, trained=trained)
-        first = state["step"]
-        with torch.no_grad():
-            for name, delta in trained.items():
-                delta.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
+        first = restore(state, args, optimizer, generator, trained=trained)
 
     def save_state(step):
-        state = {
-            "kind": "Stable Diffusion state",
-            "step": step,
-            "args": describe(args),
-            "inputs": inputs or {},
-            "trained": trained,
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-        }
+        contents = {"kind": "Stable Diffusion state", "inputs": inputs or {}, "trained": trained}
+        state = state_after(step, args, optimizer, generator, **contents)
         save(state, args.out / "state.pt")
 
     # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
@@ -381,7 +368,7 @@ def tune(unet, noise, data, args, state=None, inputs=None):
 
 
 def peak_memory(device):
-    """Bytes: the most that tensors took of the GPU, or the process of main memory."""
+    """The most bytes so far: of tensors on a GPU, else of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
