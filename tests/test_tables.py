@@ -182,6 +182,7 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
                 "one subject",
                 "2 subjects",
                 "3 subjects",
+                "two in one image",
                 "one thing changed: differences",
                 "validation loss",
                 "timesteps of the data",
