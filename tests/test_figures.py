@@ -61,7 +61,7 @@ def test_explained_shares_are_those_of_a_best_fit(taps):
 
 def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = Namespace(log=tmp_path / "runs.jsonl", less=1)
+    args = Namespace(log=tmp_path / "runs.jsonl", steps_divisor=1)
     with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py subjects"):
         figures.restored(args, "PEQA, 4 bits")
 
