@@ -252,7 +252,7 @@ class OneBucket(torch.autograd.Function):
 
         # y = W x + bias
         w = layer.dequantize(d_out, d_in, x.dtype)                  # (O, I, *kernel)
-        if bias is None or can_lose_bias(x):
+        if bias is None or bias_can_be_subtracted(x):
             y = layer.matmul(x, w, bias)                            # (N, O, H', W')
             kept_y = y
         else:
@@ -281,7 +281,7 @@ class OneBucket(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            bias_in_y = bias if can_lose_bias(y) else None
+            bias_in_y = bias if bias_can_be_subtracted(y) else None
             grad_out = layer.gradient_of(d_out, g, y, bias_in_y)    # (O,)
 
         # dL/dd_in = sum of gx * x
@@ -314,7 +314,7 @@ class MixedBuckets(torch.autograd.Function):
         kept_y = y
         if bias is not None:
             y = layer.add_bias(y, bias)
-            kept_y = y if can_lose_bias(y) else kept_y
+            kept_y = y if bias_can_be_subtracted(y) else kept_y
 
         ctx.layer = layer
         ctx.slot = slot
@@ -342,7 +342,7 @@ class MixedBuckets(torch.autograd.Function):
 
         # dL/dd_out = sum of g * (y - bias)
         if train_out:
-            bias_in_y = bias if can_lose_bias(y) else None
+            bias_in_y = bias if bias_can_be_subtracted(y) else None
             grad_out = layer.gradient_of(d_out, g, y, bias_in_y, slot)  # (B, O)
 
         # dL/dd_in = sum of gx * x
@@ -357,7 +357,7 @@ class MixedBuckets(torch.autograd.Function):
 # fmt: on
 
 
-def can_lose_bias(y: Tensor) -> bool:
+def bias_can_be_subtracted(y: Tensor) -> bool:
     """True if subtracting the bias from y gives W x again, so that y is what to keep.
 
     The next layer often keeps y as well, which makes it free. In float16 and bfloat16 a large bias
@@ -879,8 +879,10 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list
     kept = {module for name, module in modules if matches(name, keep_float)}
     layers = {}
     for name, module in modules:
-        if module in kept or "parametrizations" in name.split("."):
-            continue  # a parametrization computes a layer's weight, and goes with it
+        if module in kept:
+            continue
+        if "parametrizations" in name.split("."):  # it computes a layer's weight, and goes with it
+            continue
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention, QuantLayer)):
             continue
         reason = why_not(model, name, module)

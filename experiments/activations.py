@@ -110,10 +110,10 @@ def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet
         parts = [x.shape[-1]]
         if ranges.split and name in splits:
             parts = [splits[name], x.shape[-1] - splits[name]]
-        of_range = interval if ranges.by_interval else None
+        fit_interval = interval if ranges.by_interval else None
 
         rounding = Rounding(n_bits, factors, clock)
-        rounding.fit(x, of_range, parts)
+        rounding.fit(x, fit_interval, parts)
         roundings[name] = rounding
 
     model = merge(model)

@@ -428,11 +428,14 @@ def whole_lines(log: Path) -> tuple[str, bool]:
     return text[:end], end < len(text)
 
 
+def is_asked_for(args, name: str) -> bool:
+    """True if a pattern of --rows fits the name of a row."""
+    return any(fnmatch(name, pattern) for pattern in args.rows)
+
+
 def is_due(args, name: str, key: dict) -> bool:
     """True if --rows asks for the row of this name and the log has no line with this key."""
-    if not any(fnmatch(name, pattern) for pattern in args.rows):
-        return False
-    return not lines(args.log, **key)
+    return is_asked_for(args, name) and not lines(args.log, **key)
 
 
 def append(log: Path, key: dict, found: dict):

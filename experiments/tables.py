@@ -9,7 +9,6 @@ again, and several processes can share the work (--rows, --subjects).
 
 import sys
 from dataclasses import replace
-from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from runs import (
     SHOWN,
     append,
     by_seed,
+    is_asked_for,
     is_due,
     lines,
     parse_with_log,
@@ -168,7 +168,7 @@ def show(args, title, columns, rows):
 
 def base(args):
     """What the shipped base draws, and how much of it is right. No log knows it."""
-    if any(fnmatch("the base", pattern) for pattern in args.rows):
+    if is_asked_for(args, "the base"):
         score_base(load_model(BASE), seed=0)
 
 
