@@ -47,8 +47,8 @@ import copy
 import hashlib
 import inspect
 import reprlib
+import threading
 from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
 from fnmatch import fnmatch
 from functools import partial
 from typing import NamedTuple
@@ -165,10 +165,17 @@ class Batch(NamedTuple):
     is_fixed: bool = False
 
 
-# The batch of the innermost call, for as long as the call lasts. It isn't kept in the model: two
-# threads may call one model at once (each has its own value of a ContextVar), and a model may be
-# copied or pickled at any time.
-current_batch: ContextVar[Batch | None] = ContextVar("current_batch", default=None)
+class Current(threading.local):
+    """The batch of the innermost call, for as long as the call lasts. Each thread has its own.
+
+    It isn't kept in the model: two threads may call one model at once, and a model may be copied or
+    pickled at any time. torch.compile understands this class, but not a ContextVar.
+    """
+
+    batch: Batch | None = None
+
+
+current = Current()
 
 
 def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
@@ -183,7 +190,7 @@ def find_buckets(t: Tensor, edges: list[float]) -> tuple[list[int], Tensor]:
 
 def enter_call(model, args, kwargs):
     """Before the model's forward: find the buckets in the batch."""
-    outer = current_batch.get()
+    outer = current.batch
     if outer is not None and outer.model is model and outer.is_fixed:
         return
     config = model.quant_config
@@ -193,7 +200,7 @@ def enter_call(model, args, kwargs):
         name = config["timestep"]
         raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
     buckets, slot = find_buckets(t, config["edges"])
-    current_batch.set(Batch(model, buckets, slot, outer))
+    current.batch = Batch(model, buckets, slot, outer)
 
 
 def leave_call(model, *_):
@@ -202,9 +209,9 @@ def leave_call(model, *_):
     PyTorch calls no hook after KeyboardInterrupt. That batch then stays the current one, except
     during later calls.
     """
-    batch = current_batch.get()
+    batch = current.batch
     if batch is not None and batch.model is model and not batch.is_fixed:
-        current_batch.set(batch.outer)
+        current.batch = batch.outer
 
 
 def remember():
@@ -214,7 +221,7 @@ def remember():
     block. It runs the block in the first context, and runs it again in backward in the second. By
     then the call of the model is over, so the second sets its batch again.
     """
-    return contextlib.nullcontext(), batch_set(current_batch.get())
+    return contextlib.nullcontext(), batch_set(current.batch)
 
 
 class batch_set:
@@ -224,10 +231,11 @@ class batch_set:
         self.batch = batch
 
     def __enter__(self):
-        self.token = current_batch.set(self.batch)
+        self.outer = current.batch
+        current.batch = self.batch
 
     def __exit__(self, *error):
-        current_batch.reset(self.token)
+        current.batch = self.outer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,7 +491,7 @@ class QuantLayer(nn.Module):
         """What the layer was told about the batch x (see Batch): its buckets and slots."""
         if self.num_buckets == 1:
             return [0], None
-        batch = current_batch.get()
+        batch = current.batch
         if batch is None:
             raise RuntimeError(
                 "a quantized layer wasn't told its timesteps: "

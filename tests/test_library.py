@@ -18,7 +18,7 @@ import quant
 from quant import (
     QuantLayer,
     adapter,
-    current_batch,
+    current,
     deltas,
     fingerprint,
     load_adapter,
@@ -303,7 +303,7 @@ def test_an_interrupted_call_leaves_the_next_one_right():
         model(x, torch.tensor([999, 999]))
     hook.remove()
     assert torch.equal(model(x, t), y)
-    current_batch.set(None)  # PyTorch calls no hooks after KeyboardInterrupt, so its batch stays
+    current.batch = None  # PyTorch calls no hooks after KeyboardInterrupt, so its batch stays
 
 
 def test_a_model_that_calls_itself_returns_to_its_own_timesteps():
@@ -322,7 +322,7 @@ def test_a_model_that_calls_itself_returns_to_its_own_timesteps():
     assert torch.equal(model(x, t), y)
     hook.remove()
     assert torch.equal(inner[1], model(x, torch.tensor([999, 0])))
-    assert current_batch.get() is None
+    assert current.batch is None
 
 
 def test_backward_through_a_checkpoint_may_run_twice():

@@ -20,7 +20,7 @@ import quant
 from quant import (
     adapter,
     bucket,
-    current_batch,
+    current,
     deltas,
     equal_edges,
     fingerprint,
@@ -246,7 +246,7 @@ def test_a_quantized_model_inside_a_quantized_one_uses_its_own_buckets(make):
     mixed = outer(x, torch.tensor([100, 900]), torch.tensor([900, 100]))
     one_by_one = torch.cat([outer(x[:1], 100, 900), outer(x[1:], 900, 100)])
     torch.testing.assert_close(mixed, one_by_one, **CLOSE)
-    assert current_batch.get() is None
+    assert current.batch is None
 
     outer(x, 100, 900).sum().backward()
     for name, delta in deltas(outer).items():
@@ -410,7 +410,7 @@ def test_checkpointed_blocks_are_told_their_timesteps_again():
         used = [delta for name, delta in deltas(model).items() if not name.startswith("mix")]
         found.append([delta.grad for delta in used])
         model.zero_grad()
-    assert current_batch.get() is None
+    assert current.batch is None
     for plain, checkpointed in zip(*found):
         assert torch.equal(plain, checkpointed)
         assert plain.any()
@@ -418,6 +418,22 @@ def test_checkpointed_blocks_are_told_their_timesteps_again():
     model.run = partial(checkpoint, use_reentrant=False)
     with pytest.raises(RuntimeError, match="see remember"):
         model(*batches[0]).sum().backward()
+
+
+@pytest.mark.parametrize("t", [[3, 4], [1, 900]])
+def test_torch_compile_sees_all_layers_in_one_graph(t):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model = move(quantized(2))
+    layers = [module for module in model.modules() if isinstance(module, quant.QuantLayer)]
+    torch.compiler.reset()
+    torch.compile(model, backend=backend)(torch.randn(2, 3, 8, 8), torch.tensor(t))
+    calls = [graph.code.count("autograd_function_apply(") for graph in graphs]
+    assert max(calls) == sum(calls) >= len(layers)
 
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import runs
 from data import toy
 from model import Diffusion, UNet
-from quant import QuantLayer, bucket, current_batch, deltas, quantize
+from quant import QuantLayer, bucket, current, deltas, quantize
 from runtime import save
 from sample import sample
 
@@ -112,7 +112,7 @@ def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path)
     words = torch.zeros(1, toy.SLOTS, dtype=torch.long)
     for model in (equal, log_snr):
         layer = next(m for m in model.modules() if isinstance(m, QuantLayer))
-        hook = layer.register_forward_hook(lambda *_: seen.append(current_batch.get().buckets))
+        hook = layer.register_forward_hook(lambda *_: seen.append(current.batch.buckets))
         model(torch.zeros(1, 3, 16, 16), torch.tensor([700]), words)
         hook.remove()
         for name, delta in deltas(model).items():
