@@ -88,8 +88,17 @@ class Stage(nn.ModuleList):
 
 
 def call(block, *args):
-    """block(*args). UNet.checkpoint_blocks replaces it with torch.utils.checkpoint."""
+    """block(*args). UNet.checkpoint_blocks replaces it with the next one."""
     return block(*args)
+
+
+def call_checkpointed(block, *args, context_fn):
+    """block(*args), of which only args are kept for backward: there the block is run again."""
+    options = {"context_fn": context_fn}
+    if torch.compiler.is_compiling():
+        options = {}  # torch.compile takes no context, and its graph has no need of one
+    # blocks draw no random numbers
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class UNet(nn.Module):
@@ -191,12 +200,7 @@ class UNet(nn.Module):
         model needs quant.remember, so that a block that is run again has the timesteps of its
         batch.
         """
-        self.call = partial(
-            checkpoint,
-            use_reentrant=False,
-            preserve_rng_state=False,  # blocks draw no random numbers
-            context_fn=context_fn,
-        )
+        self.call = partial(call_checkpointed, context_fn=context_fn)
 
 
 def timestep_embedding(t: Tensor, c: int, period: float = 10000) -> Tensor:

@@ -220,6 +220,8 @@ def remember():
     checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
     block. It runs the block in the first context, and runs it again in backward in the second. By
     then the call of the model is over, so the second sets its batch again.
+
+    Leave it out under torch.compile, which takes no such contexts: its graph knows the batch.
     """
     return contextlib.nullcontext(), batch_set(current.batch)
 

@@ -255,6 +255,23 @@ def test_checkpointed_blocks_have_the_same_gradients_bit_by_bit(num_buckets):
         assert torch.equal(delta.grad, delta2.grad), name
 
 
+def test_checkpointed_blocks_can_be_compiled():
+    model = lively(num_buckets=2)
+    x = torch.randn(4, 3, 8, 8)
+    t = torch.tensor([1, 999, 2, 900])
+    words = torch.ones(4, toy.SLOTS, dtype=torch.long)
+    model(x, t, words).square().sum().backward()
+    plain = {name: delta.grad for name, delta in deltas(model).items()}
+    model.zero_grad()
+
+    model.checkpoint_blocks(remember)
+    torch.compiler.reset()
+    net = torch.compile(model, backend="aot_eager", dynamic=False)  # needs no C++ compiler
+    net(x, t, words).square().sum().backward()
+    for name, delta in deltas(model).items():
+        torch.testing.assert_close(delta.grad, plain[name], atol=1e-5, rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
