@@ -88,7 +88,7 @@ class Stage(nn.ModuleList):
 
 
 def call(block, *args):
-    """block(*args). UNet.checkpoint_blocks replaces it with the next one."""
+    """block(*args). UNet.checkpoint_blocks puts call_checkpointed in its place."""
     return block(*args)
 
 
@@ -197,8 +197,8 @@ class UNet(nn.Module):
         """Keep only the input of each block for backward, and run the block again there.
 
         It takes less memory and more time. context_fn: of torch.utils.checkpoint. A quantized
-        model needs quant.remember, so that a block that is run again has the timesteps of its
-        batch.
+        model with several buckets needs quant.remember, so that a block that is run again has the
+        timesteps of its batch. Others may have it, too.
         """
         self.call = partial(call_checkpointed, context_fn=context_fn)
 

@@ -159,7 +159,7 @@ class Batch(NamedTuple):
 
     model: nn.Module  # whose call it is
     buckets: list[int]  # the B buckets in the batch, in increasing order
-    slot: Tensor  # (N,), the index in buckets of each sample's
+    slot: Tensor  # (N,) or, with one timestep for all, (1,): the index in buckets of a sample's
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
     # the caller has found the buckets: a CUDA graph can't read timesteps (experiments/graphs.py)
     is_fixed: bool = False
@@ -204,9 +204,9 @@ def enter_call(model, args, kwargs):
 
 
 def leave_call(model, *_):
-    """After the model's forward, even if it failed: a layer called on its own then raises.
+    """After the model's forward, even if it failed, so that a layer called on its own raises.
 
-    PyTorch calls no hook after KeyboardInterrupt. That batch then stays the current one, except
+    After KeyboardInterrupt PyTorch calls no hook. That batch then stays the current one, except
     during later calls.
     """
     batch = current.batch
@@ -217,9 +217,9 @@ def leave_call(model, *_):
 def remember():
     """The context_fn for torch.utils.checkpoint in a model with several buckets.
 
-    checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this before it runs the
-    block. It runs the block in the first context, and runs it again in backward in the second. By
-    then the call of the model is over, so the second sets its batch again.
+    checkpoint(block, x, use_reentrant=False, context_fn=remember) calls this for two contexts. It
+    runs the block in the first and, in backward, again in the second. By then the call of the
+    model is over, so the second context sets that call's batch again.
 
     Leave it out under torch.compile, which takes no such contexts: its graph knows the batch.
     """
