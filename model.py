@@ -94,11 +94,10 @@ def call(block, *args):
 
 def call_checkpointed(block, *args, context_fn):
     """block(*args), of which only args are kept for backward: there the block is run again."""
-    options = {"context_fn": context_fn}
-    if torch.compiler.is_compiling():
-        options = {}  # torch.compile takes no context, and its graph has no need of one
-    # blocks draw no random numbers
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
+    if not torch.compiler.is_compiling():  # a compiled graph takes no context_fn, and needs none
+        options["context_fn"] = context_fn
+    return checkpoint(block, *args, **options)
 
 
 class UNet(nn.Module):

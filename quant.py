@@ -159,7 +159,7 @@ class Batch(NamedTuple):
 
     model: nn.Module  # whose call it is
     buckets: list[int]  # the B buckets in the batch, in increasing order
-    slot: Tensor  # (N,) or, with one timestep for all, (1,): the index in buckets of a sample's
+    slot: Tensor  # where in buckets each sample's is: (N,), or (1,) if one timestep is for all
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
     # the caller has found the buckets: a CUDA graph can't read timesteps (experiments/graphs.py)
     is_fixed: bool = False

@@ -433,7 +433,8 @@ def test_torch_compile_sees_all_layers_in_one_graph(t):
     torch.compiler.reset()
     torch.compile(model, backend=backend)(torch.randn(2, 3, 8, 8), torch.tensor(t))
     calls = [graph.code.count("autograd_function_apply(") for graph in graphs]
-    assert max(calls) == sum(calls) >= len(layers)
+    assert sum(calls) >= len(layers)
+    assert max(calls) == sum(calls)  # one graph has them all
 
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
