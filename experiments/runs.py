@@ -107,6 +107,7 @@ ABLATIONS = by_name(
         Row("N = 4, edges even in log-SNR", flags="--buckets 4", even_in_log_snr=True),
         Row("calibration: mse", flags="--calibration mse"),
         Row("calibration: minmax", flags="--calibration minmax"),
+        Row("calibration: gptq, lr 0.02", flags="--calibration gptq --lr 0.02"),
         Row("raw scales, lr 3e-6", flags="--lr 3e-6", raw_scales=True),
         Row("raw scales, lr 3e-4", flags="--lr 3e-4", raw_scales=True),
         Row("raw scales, lr 1e-3", flags="--lr 1e-3", raw_scales=True),
