@@ -10,9 +10,9 @@ each column (input channel). The weight is replaced by
     rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
     gptq      a grid as by rowcol, with codes that keep the layer near the float one on given data
 
-Weights come as (G, O, I, K): G groups, O rows and I columns of a group, K positions of the kernel
-(1 for a linear layer), which share the scale of their column. A calibration takes (w, n_bits) and
-returns a Grid of w's dtype. gptq also takes what the layer sees: its Moments.
+Weights come as (G, O, I, K), in float32 or float64: G groups, O rows and I columns of a group, and
+K positions of the kernel (1 for a linear layer), which share the scale of their column. A
+calibration takes (w, n_bits) and returns a Grid. gptq also takes what the layer sees: its Moments.
 """
 
 import contextlib
@@ -90,7 +90,10 @@ def mse(w: Tensor, n_bits: int, max_percent: int = 79) -> Grid:
 
 
 def rowcol(w: Tensor, n_bits: int, rounds: int = 12) -> Grid:
-    """Scales for rows and columns: balance the columns, then fit s_out, s_in and codes in turn."""
+    """Scales for rows and columns: balance the columns, then fit s_out, s_in and codes in turn.
+
+    The zero points stay those of mse.
+    """
     s_in = balance_columns(w)
     codes, zero_point, s_out, _ = mse(w / s_in, n_bits)
     for _ in range(rounds):
@@ -111,8 +114,8 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
     The imbalance is the largest deviation over the smallest. It doesn't fall in every round, so the
     scales of the best round are returned.
     """
-    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), the divisors of the rows
-    c = torch.ones_like(w[:, :1, :, :1])  # (G, 1, I, 1), and of the columns
+    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), the divisors of the rows, not returned
+    c = torch.ones_like(w[:, :1, :, :1])  # (G, 1, I, 1), the divisors of the columns
     best, least = c, float("inf")
     for _ in range(rounds + 1):
         balanced = w / (r * c)
@@ -123,7 +126,7 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
         imbalance = largest / smallest
         best = torch.where(imbalance < least, c, best)
         least = imbalance.clamp(max=least)
-        # a round divides by at most 2, so that it takes more than one for an outlier to set a scale
+        # at most by 2 in a round, so that no single round sets a scale
         r = r * (row_std / smallest).clamp(max=2)
         c = c * (col_std / smallest).clamp(max=2)
     return best
@@ -132,10 +135,11 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
-    It is at least a third of the root mean square: a grid includes 0, so weights that are nearly
-    equal, but far from 0, aren't small. All others would be divided down to their deviation.
+    It counts as at least a third of the root mean square. A grid includes 0, so weights that are
+    nearly equal, but far from 0, aren't small. By their tiny deviation alone they would be the
+    smallest, to which all others are brought.
 
-    A row or column of zeros has neither. It counts as the largest, which changes no other.
+    The deviation of a row or column of zeros counts as the largest, for the same reason.
     """
     std = w.std(dims, keepdim=True, correction=0)
     root_mean_square = w.square().mean(dims, keepdim=True).sqrt()
@@ -180,10 +184,10 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
 
     over all that the layer sees. The inputs of a layer are correlated, so the weights of some can
     make up for the errors of others. First match_outputs finds the float weights v for which the
-    sum is smallest. For any w_hat, the sum is that smallest one plus the sum of |(v - w_hat) x|^2.
-    So v is what is rounded, and h is all that is needed of the data. Each weight of a row is
-    rounded in turn. After each, those that are still to be rounded move to where the sum is
-    smallest again (compensate).
+    sum is smallest, damping aside. For any w_hat, the sum is that smallest one plus the sum of
+    |(v - w_hat) x|^2. So v is what is rounded, and from then on h is all that is needed of the
+    data. The weights of a row are rounded in turn. After each, those that are still to be rounded
+    move to where the sum is smallest again (compensate).
 
     The grid is fitted to v, before the rounding starts, and stays. Weights that move beyond its
     ends are clamped, and those after them make up for that, too.
@@ -214,10 +218,10 @@ def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
 
     They minimize the sum of |w x_float - v x|^2, so v = w cross h^-1 = w + w (cross - h) h^-1.
     Damping adds damping * |w - v|^2 to that, which keeps v near w for inputs that are nearly always
-    0. It makes h^-1 into (h + damping)^-1, and changes nothing else.
+    0. The last h^-1 becomes (h + damping)^-1.
     """
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    damped = h + DAMPING * average(h) * eye
+    damped = h.clone()
+    damped.diagonal().add_(DAMPING * average(h))
     return w + torch.linalg.solve(damped, w @ (cross - h), left=False)
 
 
@@ -227,8 +231,8 @@ def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: 
     s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
 
     Inputs with large values come first: rounding their weights costs most, and all others can make
-    up for it. In this order, let j be the input whose weights have been rounded, one for each row,
-    and error = w[:, j] - w_hat[:, j]. Least squares then moves the weights of the inputs after it:
+    up for it. Once column j is rounded, in this order, with error = w[:, j] - w_hat[:, j], least
+    squares moves the weights of the inputs after it:
 
         w[:, j + 1:] -= error u[j, j + 1:] / u[j, j]        u upper triangular, u^T u = h^-1
     """
@@ -242,19 +246,20 @@ def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: 
         codes[j] = nearest_codes(w[j], s_out, zero_point, n_bits)  # (O,)
         error = w[j] - (codes[j] - zero_point) * s_out
         w[j + 1 :] -= torch.outer(u[j, j + 1 :], error / u[j, j])
-    return codes[order.argsort()].T
+    return codes[order.argsort()].T  # in the order of the inputs again
 
 
 def inverse_factor(h: Tensor) -> Tensor:
     """The upper triangular u (J, J) with u^T u = (h + damping)^-1, up to a factor.
 
-    If h + damping = r r^T with r upper triangular, then u = r^-1. Cholesky's factor is a lower
-    triangular one, and that of the flipped matrix, flipped, is r. h is divided by its average
-    first, so that it may be of any size; compensate needs only ratios of u.
+    If h + damping = r r^T with r upper triangular, then u = r^-1. Cholesky's factor is lower
+    triangular, so h is flipped in both directions before, and the factor after. h is divided by its
+    average first, so that its numbers may be large or small; compensate needs only ratios of u.
     """
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    h = h / average(h) + DAMPING * eye
+    h = h / average(h)
+    h.diagonal().add_(DAMPING)
     r = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     return torch.linalg.solve_triangular(r, eye, upper=True)
 
 
@@ -267,9 +272,12 @@ def average(h: Tensor) -> Tensor:
 # The data: what a layer sees
 # --------------------------------------------------------------------------------------------------
 
+# quant.make_with_data calls these for a model in eval mode, without gradients: count_calls once,
+# then, layer by layer, inputs_of in the float and in the quantized network, moments, and gptq.
+
 
 class Reached(Exception):
-    """Ends a call of a model early. If the model catches it, its result isn't used."""
+    """Ends a call of a model early. A model may catch it and go on; its result isn't used."""
 
 
 def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
@@ -294,7 +302,7 @@ def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
 def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> list[Tensor]:
     """What reaches a layer when the model is called on each batch of data.
 
-    calls: how often the model calls the layer on a batch. It is stopped as the last of them begins.
+    calls: how often the model calls the layer on a batch. The last of these calls ends the model's.
     """
     inputs = []
 
@@ -359,14 +367,17 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    images = x.view(-1, *x.shape[-3:])  # a single image has no batch dimension
+    images = x.view(-1, *x.shape[-3:])  # a single image may come without a batch dimension
     patches = F.unfold(images, layer.kernel_size, layer.dilation, pixels(layer), layer.stride)
     patches = patches.unflatten(1, (layer.groups, -1))  # (N, G, J, positions)
     return patches.permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def pixels(conv: nn.Module) -> tuple[int, ...]:
-    """The padding of a Conv2d in pixels; conv.padding may be "same" or "valid"."""
+    """The padding of a Conv2d in pixels; conv.padding may be "same" or "valid".
+
+    With "same" it is equal on both sides: quantize refuses other layers.
+    """
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
     return (0, 0) if conv.padding == "valid" else conv.padding

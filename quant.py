@@ -4,17 +4,18 @@ Model", arXiv 2401.04339).
     quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")    # in place; then train model
 
 A weight is quantized once, to integers q of n_bits bits that stay as they are. Each row (output
-channel) has a scale and a zero point z, each column (input channel) a scale, and all positions of a
-kernel share them:
+channel) has a scale and a zero point z, and each column (input channel) has a scale. All positions
+of a convolution's kernel share them:
 
     W[o, i] = s_out[o] * (q[o, i] - z[o]) * s_in[i]                 q, z in 0 .. 2^n_bits - 1
 
 Fine-tuning trains the scales and nothing else. Training s_out alone is PEQA (Kim et al. 2023);
-training both is the paper's multi-channel-wise scale update. The timesteps are cut into num_buckets
-intervals, and each has scales of its own over the same integers: the paper's timestep-aware scale
-update.
+training both is the paper's multi-channel-wise scale update (MCSU). The timesteps are cut into
+num_buckets intervals, and each has scales of its own over the same integers: the paper's
+timestep-aware scale update (TAS).
 
-The parameters are the deltas d_out and d_in, zero at the start. They stand in an exponent:
+The paper trains the scales themselves. Here the parameters are deltas d_out and d_in, which are
+zero at the start and stand in an exponent:
 
     W[o, i] = s_out[o] exp(d_out[o]) * (q[o, i] - z[o]) * s_in[i] exp(d_in[i])
 
@@ -26,8 +27,9 @@ scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
     dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
 The last two are this simple because exp is its own derivative. y[o] - bias[o] is exp(d_out[o])
-times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And W sees x[i] only as
-u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
+times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y
+depends on d_in[i] only through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is
+dL/dx[i] * x[i].
 
 So no gradient of a weight is ever computed. For backward a layer keeps x (if d_in trains), y (if
 d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward
@@ -48,7 +50,7 @@ import hashlib
 import inspect
 import reprlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import NamedTuple
@@ -61,7 +63,7 @@ from torch import Tensor
 from calibrate import CALIBRATIONS, count_calls, gptq, inputs_of, moments, pixels
 
 try:
-    import gpu_kernels as kernels  # the same in fewer launches, on a GPU
+    import gpu_kernels as kernels  # on a GPU they do a layer's work in fewer launches
 except ImportError:  # without Triton
     kernels = None
 
@@ -103,8 +105,8 @@ def bucket(t: Tensor, edges: list[float]) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 # A code is cut into pieces of 8, 4, 2 or 1 bits, which divide a byte evenly: 3 bits into 2 + 1.
-# First come the bytes with the low pieces of all codes, then those with the high ones. Of 8m codes
-# c[0], c[1], ... of 3 bits, with the lowest bit of a byte on the right:
+# First come the bytes with the low pieces of all codes, then those with the high ones. The codes
+# c[0], c[1], ..., c[8m - 1] of 3 bits become, with the lowest bit of a byte on the right:
 #
 #     byte j, j < 2m        | c[j + 6m] | c[j + 4m] | c[j + 2m] | c[j] |        low 2 bits of each
 #     byte 2m + j, j < m    | c[j + 7m] | c[j + 6m] |  ...  | c[j + m] | c[j] |   high bit of each
@@ -133,7 +135,7 @@ def pack(codes: Tensor, n_bits: int) -> Tensor:
 def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
     """The inverse of pack: codes (uint8, of this shape)."""
     count = torch.Size(shape).numel()
-    bytes_per_bit = (count + 7) // 8  # a piece of 2 bits takes twice as many
+    bytes_per_bit = (count + 7) // 8  # for all codes; a piece of 2 bits takes twice as many
     codes = None
     shift = 0
     start = 0
@@ -159,7 +161,7 @@ class Batch(NamedTuple):
 
     model: nn.Module  # whose call it is
     buckets: list[int]  # the B buckets in the batch, in increasing order
-    slot: Tensor  # where in buckets each sample's is: (N,), or (1,) if one timestep is for all
+    slot: Tensor  # each sample's place in buckets: (N,), or (1,) if one timestep is for all
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
     # the caller has found the buckets: a CUDA graph can't read timesteps (experiments/graphs.py)
     is_fixed: bool = False
@@ -206,8 +208,8 @@ def enter_call(model, args, kwargs):
 def leave_call(model, *_):
     """After the model's forward, even if it failed, so that a layer called on its own raises.
 
-    After KeyboardInterrupt PyTorch calls no hook. That batch then stays the current one, except
-    during later calls.
+    After KeyboardInterrupt PyTorch calls no hook. That batch then stays below those of later calls,
+    which are right all the same.
     """
     batch = current.batch
     if batch is not None and batch.model is model and not batch.is_fixed:
@@ -368,7 +370,7 @@ class MixedBuckets(torch.autograd.Function):
 
 
 def bias_can_be_subtracted(y: Tensor) -> bool:
-    """True if subtracting the bias from y gives W x again, so that y is what to keep.
+    """True if subtracting the bias from y gives W x again: y is then kept for backward.
 
     The next layer often keeps y as well, which makes it free. In float16 and bfloat16 a large bias
     leaves few digits of W x in y. There W x itself is kept.
@@ -415,7 +417,8 @@ class QuantLayer(nn.Module):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.bias = bias
 
-        # sums depend on the order in memory; the codes must not, so it is always channels_last
+        # always channels_last: the sums of a calibration depend on the order in memory, if only by
+        # rounding, and the codes must not
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
@@ -555,9 +558,10 @@ class QuantLayer(nn.Module):
 
         def at_least_float32(tensor):
             moved = fn(tensor)
-            too_coarse = moved.dtype.itemsize < 4
-            keeps_dtype = too_coarse or not tensor.is_floating_point()
-            return tensor.to(moved.device) if keeps_dtype else moved
+            too_coarse = moved.dtype.itemsize < 4 or not tensor.is_floating_point()
+            if moved.dtype != tensor.dtype and too_coarse:
+                return tensor.to(moved.device)
+            return moved
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         return super()._apply(at_least_float32, recurse)
@@ -661,9 +665,9 @@ def quantize(
     scales: str = "out+in",
     calibration: str = "rowcol",
     timestep: str = "t",
-    keep8: list[str] | None = None,
-    keep_float: list[str] = (),
-    edges: list[float] | None = None,
+    keep8: Sequence[str] | None = None,
+    keep_float: Sequence[str] = (),
+    edges: Sequence[float] | None = None,
     data: Iterable | None = None,
 ) -> nn.Module:
     """Replace every Conv2d and Linear of model by a quantized layer; then only deltas train.
@@ -786,7 +790,7 @@ def make_one(model, layers, made, build, layer, count, data) -> nn.Module:
         )
     with torch.autocast(layer.weight.device.type, enabled=False):  # the sums need float32
         seen = moments(layer, x, x_float)
-        size = seen.h.diagonal(dim1=-2, dim2=-1).sum(-1)  # no element of h is larger
+        size = seen.h.diagonal(dim1=-2, dim2=-1).sum(-1)  # no element of a sum of x x^T is larger
         if not size.isfinite().all() or not seen.cross.isfinite().all():
             raise ValueError(
                 f"layer '{name}' sees inputs that aren't finite, or too large to be squared; "
@@ -891,7 +895,7 @@ def find_layers(model: nn.Module, keep_float: list[str]) -> dict[nn.Module, list
     for name, module in modules:
         if module in kept:
             continue
-        if "parametrizations" in name.split("."):  # it computes a layer's weight, and goes with it
+        if "parametrizations" in name.split("."):  # part of how a replaced layer makes its weight
             continue
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention, QuantLayer)):
             continue
@@ -1009,20 +1013,20 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_by(also: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters listed in also, by their canonical names; a shared one by its first.
+    """The parameters listed in also, by their canonical names; a shared one by the first.
 
-    also may be one name. Raises ValueError for a name that no parameter has, neither in model nor
-    in what it wraps.
+    also: names in model, or in the quantized model that it wraps; or one name. Raises ValueError
+    for a name that no parameter of the quantized model has.
     """
     also = [also] if isinstance(also, str) else also
     parameters = parameters_of(model)
     named = {**dict(model.named_parameters(remove_duplicate=False)), **parameters}
     found = {}
     for name in also:
-        if name not in named:
+        keys = [key for key, value in parameters.items() if value is named.get(name)]
+        if not keys:
             raise ValueError(f"also has '{name}', which is no parameter of the model; correct it")
-        first = next(key for key, value in parameters.items() if value is named[name])
-        found[first] = named[name]
+        found[keys[0]] = named[name]
     return found
 
 

@@ -2,20 +2,21 @@
 stays a float tensor. No integers are multiplied, so this shows what rounding costs in quality, and
 nothing of speed.
 
-The weights have 4 bits, by gptq. The grids are chosen in several ways: one range for all that
-reaches a layer; a range for each interval of timesteps; ranges of their own for the two tensors
-that a shortcut concatenates (Q-Diffusion, arXiv 2302.04304); channels divided by factors of their
-own (TCAQ-DM, arXiv 2412.16700).
+The weights have 4 bits, by gptq. The first and the last convolution have 8, and so does what
+reaches them. The grids are chosen in several ways: one range for all that reaches a layer; a range
+for each interval of timesteps; ranges of their own for the two tensors that a shortcut concatenates
+(Q-Diffusion, arXiv 2302.04304); channels divided by factors of their own (TCAQ-DM, arXiv
+2412.16700).
 
-A channel's factor r adds no multiplication. The weight's column is multiplied by it, and that goes
-into the scale that the column has anyway. The input is divided by it, and that goes into the step
-of the input's grid:
+A channel's factor r costs nothing. The weight's column is multiplied by it, and that goes into the
+scale that the column has anyway. The input is divided by it, and that goes into the step of the
+input's grid:
 
     y[o] = sum over i of  s_out[o] * (q[o, i] - z[o]) * (s_in[i] * r[i])  *  step * (c[i] - z_x)
     c[i] = round(x[i] / (r[i] * step)) + z_x
 
-Only with r = 1 / s_in, up to a constant, is this a sum of products of integers, times scales. Any
-other r, r = 1 too, leaves a float in each product.
+Only if r = 1 / s_in, up to a constant, can integers alone be multiplied and summed, and scaled
+afterwards. With any other r, r = 1 too, s_in[i] * r[i] stays inside the sum.
 """
 
 import copy
@@ -42,7 +43,7 @@ VALUES = 20_000  # a range is fitted to at most this many
 class Ranges:
     """How grids are chosen."""
 
-    name: str  # what the log knows it by
+    name: str  # the log knows it by this and the bits
     by_interval: bool = False  # a range for each of the INTERVALS, else one for all
     factors: str = "1"  # of channels: "1", "peaks" or "1 / s_in"
     split: bool = False  # a range for each of two concatenated tensors, else one for both
@@ -174,7 +175,7 @@ def shortcuts(model: UNet) -> dict[str, int]:
 
 
 class Clock:
-    """A forward pre-hook of a model: tells all its Roundings the interval of each sample, (N,)."""
+    """A forward pre-hook of a model: keeps the interval of each sample, (N,), for its Roundings."""
 
     def __call__(self, model, args):
         _, t, _ = args

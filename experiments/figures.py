@@ -1,7 +1,8 @@
 """The figures: python experiments/figures.py --log experiments/runs.jsonl
 
-They are drawn from the runs of the table of one subject: the bytes from the log, the others from
-what the runs of bix, seed 0, left in out/. They are written to experiments/figures.
+They show the runs of the table of one subject. The figure of bytes is drawn from the log, the
+others from the files that the runs of bix, seed 0, left in out/. All are written to
+experiments/figures.
 """
 
 import sys
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from data import toy
 from quant import bucket
-from runs import DIFFUSION, MINE, ONE_SUBJECT, draw_prompts, lines, losses, parse_with_log, prepare
+from report import parse_with_log, runs_of
+from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, draw_prompts, losses, prepare
 from runtime import BASE, Parser, guard, load, save
 from sample import sample
 
@@ -59,7 +61,7 @@ def draw_samples(args):
         "full precision",
         "untuned, 4 bits",
         "PEQA, 4 bits",
-        MINE,
+        DEFAULT,
         "LoRA r = 2, packed base, 4 bits",
     ]
     figure, axes = plt.subplots(1, len(names), figsize=(8, 9))
@@ -83,10 +85,10 @@ def draw_samples(args):
 
 
 class Explained(NamedTuple):
-    """The change of weights that scales of one kind come nearest to a given change with."""
+    """How near scales of one kind come to a given change of weights."""
 
-    change: Tensor  # (O, I), relative: that of each kernel
-    share: Tensor  # of the given change's variance that it explains, a number
+    change: Tensor  # (O, I): the relative change of each kernel by the nearest scales
+    share: Tensor  # of the given change's squares that this explains, a number
 
 
 def explained(w, dw, rounds=50):
@@ -168,10 +170,9 @@ def draw_losses(args, bins=25, each=40):
     t = middles.long().repeat_interleave(each)  # (bins * each,)
 
     figure, axis = plt.subplots(figsize=(6.5, 3.5))
-    for name in ("the base", "untuned, 4 bits", "PEQA, 4 bits", MINE, "full precision"):
+    for name in ("the base", "untuned, 4 bits", "PEQA, 4 bits", DEFAULT, "full precision"):
         model, _ = restored(args, name)
-        noise = generator.manual_seed(2)  # the same for all
-        loss = losses(model, x0, words, t, noise)
+        loss = losses(model, x0, words, t, generator.manual_seed(2))  # the same noise for all
         axis.semilogy(t[::each], loss.view(bins, each).mean(1), label=name)
     axis.set_xlabel("timestep")
     axis.set_ylabel("squared error of v")
@@ -185,10 +186,10 @@ def draw_losses(args, bins=25, each=40):
 
 
 def draw_bytes(args):
-    """The bytes of a subject against its fidelity, a line for each method."""
+    """The bytes of the base and one subject against fidelity, a line for each method."""
     points = {}  # method: (bytes, mean, standard deviation) of each width
     for row in ONE_SUBJECT.values():
-        runs = lines(args.log, row=row.name)
+        runs = list(runs_of(args, row.name, toy.TABLE).values())
         if not runs or not row.trains:
             continue
         parts = torch.tensor([run["parts"] for run in runs])
@@ -250,7 +251,7 @@ FIGURES = {
 
 
 def write_figure(figure, file):
-    """What save writes a figure with."""
+    """Write a figure to a file in binary mode; for save(figure, path, write_figure)."""
     figure.savefig(file, format="png", dpi=80, bbox_inches="tight")
 
 

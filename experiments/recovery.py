@@ -78,7 +78,7 @@ def settings_of_scale_sets() -> list[Recovery]:
     return settings
 
 
-THIRDS = {  # of the timesteps: from, to
+THIRDS = {  # of the timesteps, from t = 0: from, to
     "all": (0, 1),
     "the first third": (0, 1 / 3),
     "the last third": (2 / 3, 1),
@@ -101,7 +101,7 @@ def prepare(setting: Recovery, seed: int):
     model = load_model(BASE)
     if setting.bits == 32:
         return model, LR_FLOAT
-    data = calibration_data(seed=seed)
+    data = calibration_data(seed=seed)  # other data for each seed: how much do they matter?
     if METHODS[setting.method] is None:
         torch.manual_seed(seed)  # LoRA's first matrices are random
         return lora_packed(model, 2, setting.bits, setting.calibration, data), LR_LORA

@@ -1,13 +1,11 @@
-"""What the tables and figures are made of: the methods, runs of train.py, and the log of them.
+"""What most tables and figures are made of: methods, and runs of train.py with them.
 
 A row of a table is a method, given by flags of train.py. A run is a row, a subject and a seed: the
-model is made, fine-tuned to the subject and scored. Each finished run is a line of the log. Its
-files are in out/NAME, if the log is NAME.jsonl.
+model is made, fine-tuned to the subject and scored. It leaves a line in the log (report.py), and
+files in out/NAME, if the log is NAME.jsonl.
 """
 
-import json
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -20,8 +18,7 @@ from data import toy
 from data.score import read_object, score, spots_at
 from model import Diffusion
 from quant import QuantLayer, adapter, deltas, quantize
-from report import write_text
-from runtime import BASE, file_size, load_model, save
+from runtime import BASE, file_size, load_model
 from sample import sample
 
 DIFFUSION = Diffusion()
@@ -30,8 +27,7 @@ DIFFUSION = Diffusion()
 # Rows: the methods
 # --------------------------------------------------------------------------------------------------
 
-
-WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject
+WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject: 4 is the yardstick
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,10 @@ class Row:
     name: str
     bits: int = 4  # of a weight; 32 is float
     flags: str = ""  # the other flags of train.py
-    method: str = ""  # the name without the bits
+    method: str = ""  # the name without the bits, in the table of one subject
     lora: bool = False  # train LoRA on the packed base, and no scales
     raw_scales: bool = False  # train the scales themselves, and not their deltas
-    even_in_log_snr: bool = False  # cut the timesteps where buckets are even in log-SNR
+    even_in_log_snr: bool = False  # buckets of equal width in log-SNR, not in t
 
     @property
     def trains(self) -> bool:
@@ -65,7 +61,7 @@ def rows_of_one_subject() -> list[Row]:
         Row("the base", bits=32, flags="--steps 0", method="the base"),
         Row("full precision", bits=32, method="full precision"),
     ]
-    methods = {
+    methods = {  # N: sets of scales; PEQA trains those of rows alone, TAS gives it more sets
         "untuned": "--steps 0",
         "PEQA": "--scales out",
         "PEQA + TAS, N = 2": "--scales out --buckets 2",
@@ -86,13 +82,13 @@ def together(row: Row) -> Row:
     return replace(row, name=f"{row.name}, together", flags=f"{row.flags} --steps 2000")
 
 
-MINE = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
+DEFAULT = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
 ONE_SUBJECT = by_name(rows_of_one_subject())
 SEVERAL = by_name(
     [
         together(ONE_SUBJECT["full precision"]),
         together(ONE_SUBJECT["PEQA, 4 bits"]),
-        together(ONE_SUBJECT[MINE]),
+        together(ONE_SUBJECT[DEFAULT]),
         together(ONE_SUBJECT["TuneQDM, N = 2, 4 bits"]),
         together(Row("TuneQDM, N = 1, words, 4 bits", flags="--train-words")),
         together(Row("TuneQDM, N = 2, words, 4 bits", flags="--buckets 2 --train-words")),
@@ -100,7 +96,7 @@ SEVERAL = by_name(
 )
 ABLATIONS = by_name(
     [
-        ONE_SUBJECT[MINE],
+        ONE_SUBJECT[DEFAULT],
         ONE_SUBJECT["TuneQDM, N = 2, 4 bits"],
         ONE_SUBJECT["TuneQDM, N = 4, 4 bits"],
         Row("N = 8", flags="--buckets 8"),
@@ -121,7 +117,7 @@ ABLATIONS = by_name(
     ]
 )
 
-GPTQ_SETTINGS = by_name(  # on the subjects that no other table reports
+GPTQ_SETTINGS = by_name(  # tried on the subjects that no other table reports
     [
         Row("rowcol", flags="--calibration rowcol"),
         Row("gptq", flags="--calibration gptq"),
@@ -144,7 +140,7 @@ SCORES = {
 }
 DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
 
-# What two subjects in one image show: shares of the creatures, then parts of a creature.
+# What two subjects in one image show: shares of the two places, then parts of a creature.
 SHOWN = {
     "shown whole": "whole",
     "shown exchanged": "the other subject",
@@ -196,8 +192,9 @@ def prepare(args, row: Row, subject: str, seed: int):
 def log_snr_edges(num_buckets: int) -> list[int]:
     """The edges, in timesteps from 0 to T, of buckets that are equally wide in log-SNR.
 
-    The log-SNR, log(abar_t / (1 - abar_t)), falls as t rises. A bucket starts at the first timestep
-    below its level. With more than 8 buckets some would be empty, and quantize refuses the edges.
+    The log-SNR, log(abar_t / (1 - abar_t)), falls as t rises. It is cut into equal parts, and a
+    bucket starts at the first timestep below the upper end of its part. With more than 8 buckets
+    some would be empty, and quantize refuses the edges.
     """
     log_snr = DIFFUSION.alphas_cumprod.logit()  # (T,)
     levels = torch.linspace(log_snr[0], log_snr[-1], num_buckets + 1, dtype=log_snr.dtype)
@@ -208,7 +205,8 @@ def log_snr_edges(num_buckets: int) -> list[int]:
 class RawScale(nn.Module):
     """A parametrization: train a scale s = s0 * exp(d) itself, as the paper does, and not its d.
 
-    s is kept positive. s0 and s: (C,), for the scales of rows or of columns.
+    A scale below a thousandth of s0 counts as that, so that d is finite. s0 and s: (C,), for the
+    scales of rows or of columns.
     """
 
     def __init__(self, s0):
@@ -256,7 +254,7 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
         count = train.count_trained(model, run, captions)
 
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
-    of_subject = {*trained, *deltas(model)}  # deltas that are still 0, too
+    of_subject = {*trained, *deltas(model)}  # deltas aren't the base's, trained or not
     rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
     return {
         "trained": count,
@@ -283,7 +281,7 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
     Each subject is drawn alone, then two in one image ("both"). A red creature ("red") should have
     no subject's parts.
     """
-    found = {}  # key: a mean for each subject and kind of image
+    found = {}  # lists of means: one for each subject and kind of image
 
     def draw(prompts, name_of, label, seed):
         """Draw the prompts. Compare the creature called name_of[word] with the word's subject."""
@@ -318,11 +316,12 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
 
 
 def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, float]:
-    """What two subjects in one image show: a mean over the creatures for each key of SHOWN.
+    """What two subjects in one image show: a mean over both places for each key of SHOWN.
 
     images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
     right (7,). With k options, a wrong part is the other subject's by chance with probability
-    1 / (k - 1). The k colors of a marking include the body's, which it can't have.
+    1 / (k - 1). For a marking that is a little too low: it can't have the body's color, which is
+    one of the k.
     """
     shown = {key: [] for key in SHOWN}
     options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])
@@ -368,7 +367,7 @@ def squared_error(model, x0, words, t, eps) -> Tensor:
 
 @torch.no_grad()
 def losses(model, x0, words, t, generator) -> Tensor:
-    """squared_error with noise from generator, in chunks of 128 images: on the CPU."""
+    """squared_error with noise from generator, in chunks of 128 images, as a tensor on the CPU."""
     device = next(model.parameters()).device
     eps = torch.randn(x0.shape, generator=generator)
     found = []
@@ -388,79 +387,3 @@ def validation_loss(model, n=1024, seed=12345, low=0.0, high=1.0) -> float:
     t = DIFFUSION.draw_timesteps(n, generator)
     t = (low * DIFFUSION.T + (high - low) * t).long()
     return losses(model, x0, words, t, generator).mean().item()
-
-
-# --------------------------------------------------------------------------------------------------
-# The log, and the flags that name it
-# --------------------------------------------------------------------------------------------------
-
-
-def lines(log: Path, **key) -> list[dict]:
-    """The lines of the log that have this key.
-
-    A last line that was cut, by the end of a run that was killed, doesn't count: that run is done
-    again. Raises ValueError for any other line that isn't one of a run.
-    """
-    if not log.exists():
-        return []
-    found = []
-    whole, _ = whole_lines(log)
-    for number, text in enumerate(whole.splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if not isinstance(line, dict):
-            raise ValueError(f"{log}, line {number} isn't the line of a run; correct or remove it")
-        if key.items() <= line.items():
-            found.append(line)
-    return found
-
-
-def by_seed(args, **key) -> dict[int, dict]:
-    """The lines of the log that have this key, by seed. The last counts, if one is there twice."""
-    return {line["seed"]: line for line in lines(args.log, **key)}
-
-
-def whole_lines(log: Path) -> tuple[str, bool]:
-    """The text of a log up to its last line break, and whether there is more of it."""
-    text = log.read_text(errors="replace")
-    end = text.rfind("\n") + 1
-    return text[:end], end < len(text)
-
-
-def is_asked_for(args, name: str) -> bool:
-    """True if a pattern of --rows fits the name of a row."""
-    return any(fnmatch(name, pattern) for pattern in args.rows)
-
-
-def is_due(args, name: str, key: dict) -> bool:
-    """True if --rows asks for the row of this name and the log has no line with this key."""
-    return is_asked_for(args, name) and not lines(args.log, **key)
-
-
-def append(log: Path, key: dict, found: dict):
-    """Add a line to the log, in the place of a last one that was cut.
-
-    The log isn't held open during a run, which takes minutes: it may be replaced meanwhile.
-    """
-    if log.exists():
-        whole, is_cut = whole_lines(log)
-        if is_cut:
-            save(whole, log, write_text)
-    with log.open("a") as file:
-        file.write(json.dumps({**key, **found}) + "\n")
-
-
-def parse_with_log(parser):
-    """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
-    log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
-    parser.add_argument("--log", type=Path, help=log_help)
-    quick_help = "a twentieth of the steps and of some images, and two subjects"
-    parser.add_argument("--quick", action="store_true", help=quick_help)
-    args = parser.parse_args()
-    args.steps_divisor = 20 if args.quick else 1  # what steps are divided by
-    if args.log is None:
-        args.log = Path("out", "quick.jsonl" if args.quick else "runs.jsonl")
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    return args

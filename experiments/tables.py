@@ -26,22 +26,26 @@ from recovery import (
     settings_of_calibrations,
     settings_of_scale_sets,
 )
-from report import mean_sd, print_table, write_table
-from runs import (
-    ABLATIONS,
-    DIGITS,
-    GPTQ_SETTINGS,
-    MINE,
-    ONE_SUBJECT,
-    SCORES,
-    SEVERAL,
-    SHOWN,
+from report import (
     append,
     by_seed,
     is_asked_for,
     is_due,
-    lines,
+    mean_sd,
     parse_with_log,
+    print_table,
+    runs_of,
+    write_table,
+)
+from runs import (
+    ABLATIONS,
+    DEFAULT,
+    DIGITS,
+    GPTQ_SETTINGS,
+    ONE_SUBJECT,
+    SCORES,
+    SEVERAL,
+    SHOWN,
     tune,
 )
 from runtime import BASE, Parser, guard, load_model
@@ -50,7 +54,7 @@ IN_SHORT = [  # the README's rows
     "the base",
     "full precision",
     "PEQA, 4 bits",
-    MINE,
+    DEFAULT,
     "TuneQDM, N = 2, 4 bits",
     "LoRA r = 2, packed base, 4 bits",
     "TuneQDM, N = 1, 2 bits",
@@ -86,15 +90,6 @@ def run_all(args, rows, subjects):
                 asked_for = set(subject.split("+")) <= set(args.subjects)
                 if asked_for and is_due(args, row.name, key):
                     append(args.log, key, tune(args, row, subject, seed))
-
-
-def runs_of(args, name, subjects):
-    """The runs of a row in the log, by subject and seed. The last counts, if one is there twice."""
-    found = {}
-    for run in lines(args.log, row=name):
-        if run["subject"] in subjects:
-            found[run["subject"], run["seed"]] = run
-    return found
 
 
 def score_columns(found):
@@ -167,7 +162,7 @@ def show(args, title, columns, rows):
 
 
 def base(args):
-    """What the shipped base draws, and how much of it is right. No log knows it."""
+    """What the shipped base draws, and how much of it is right. It isn't logged."""
     if is_asked_for(args, "the base"):
         score_base(load_model(BASE), seed=0)
 
@@ -184,9 +179,10 @@ def one_subject(args):
 
 
 def is_yardstick(yardstick, row):
-    """True if a row of the table of one subject is compared with this one, which comes before it.
+    """True if row, of the table of one subject, is compared with yardstick, which comes before it.
 
-    The yardsticks are full precision, PEQA and N = 1 of the same width, and the method at 4 bits.
+    The yardsticks are full precision, PEQA and N = 1 of the same width, and the same method at 4
+    bits.
     """
     if yardstick.name == "full precision":
         return True
@@ -216,11 +212,11 @@ def show_what_two_show(args):
 
 
 def ablations(args):
-    """Fine-tune with one thing changed."""
+    """Fine-tune with one thing changed; another learning rate may come with it."""
     pairs = []
     for row in ABLATIONS.values():
-        if row.name != MINE:
-            yardstick = MINE
+        if row.name != DEFAULT:
+            yardstick = DEFAULT
             if row.even_in_log_snr:
                 yardstick = "TuneQDM, N = 4, 4 bits"
             pairs.append((row.name, yardstick))
@@ -257,7 +253,7 @@ def show_activations(args, names):
 
 
 def tuning(args):
-    """Choose the defaults of fine-tuning, on subjects that no other table reports."""
+    """Choose the settings that go with gptq, on subjects that no other table reports."""
     pairs = [(row, "rowcol") for row in GPTQ_SETTINGS if row != "rowcol"]
     fill(args, "tuning", GPTQ_SETTINGS, toy.TUNING, pairs)
 

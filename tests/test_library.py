@@ -589,6 +589,21 @@ def test_a_name_of_no_parameter_is_refused():
         adapter(model, also=["word"])
 
 
+def test_a_parameter_of_the_wrapper_itself_is_refused():
+    wrapper = WithModule(quantize(nn.Sequential(nn.Linear(6, 5)), 4))
+    wrapper.word = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="also has 'word', which is no parameter"):
+        adapter(wrapper, also=["word"])
+
+
+def test_a_model_without_memory_gets_it_back():
+    model = quantize(Net(), num_buckets=2)
+    saved = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(saved)
+    for name, value in model.state_dict().items():
+        assert value.dtype == saved[name].dtype and torch.equal(value, saved[name]), name
+
+
 def test_a_delta_that_float16_cannot_hold_is_not_saved():
     model = quantize(Net())
     with torch.no_grad():

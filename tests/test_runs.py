@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import report
 import runs
 from data import toy
 from model import Diffusion, UNet
@@ -161,12 +162,12 @@ def test_tune_scores_and_counts(small_base, tmp_path, monkeypatch, name):
 
 def test_a_cut_last_line_of_the_log_is_done_again(tmp_path):
     log = tmp_path / "runs.jsonl"
-    runs.append(log, {"row": "a", "seed": 0}, {"parts": 0.5})
+    report.append(log, {"row": "a", "seed": 0}, {"parts": 0.5})
     with log.open("a") as file:
         file.write('{"row": "b", "seed": 0, "par')
-    assert runs.lines(log, row="b") == []
-    runs.append(log, {"row": "b", "seed": 0}, {"parts": 0.7})
-    assert [line["parts"] for line in runs.lines(log)] == [0.5, 0.7]
+    assert report.lines(log, row="b") == []
+    report.append(log, {"row": "b", "seed": 0}, {"parts": 0.7})
+    assert [line["parts"] for line in report.lines(log)] == [0.5, 0.7]
     assert log.read_text().count("\n") == 2
 
 
@@ -175,7 +176,7 @@ def test_any_other_bad_line_of_the_log_is_named(bad, tmp_path):
     log = tmp_path / "runs.jsonl"
     log.write_text(f'{{"row": "a"}}\n{bad}\n{{"row": "c"}}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 2 isn't the line of a run"):
-        runs.lines(log)
+        report.lines(log)
 
 
 def test_what_two_show_counts_each_creature_once():

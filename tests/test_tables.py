@@ -11,7 +11,8 @@ import report
 import tables
 from data import toy
 from recovery import Recovery
-from runs import Row, append, by_name, losses
+from report import append
+from runs import Row, by_name, losses
 
 LOG = ROOT / "experiments" / "runs.jsonl"
 
