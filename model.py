@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ResBlock(nn.Module):
-    """A residual block of two convolutions. emb scales and shifts the activations between them.
-    """
+    """A residual block. emb, of timestep and caption, scales and shifts its middle activations."""
 
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
@@ -31,7 +30,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.weight)                           # it starts as skip, and a bias
 
     def forward(self, x, emb):                                      # (N, c_in, H, W), (N, c_emb)
         h = self.conv1(F.silu(self.norm1(x)))                       # (N, c_out, H, W)
@@ -54,12 +53,12 @@ class Attention(nn.Module):
         self.kv = nn.Linear(c_words, 2 * c)
         self.out2 = nn.Linear(c, c)
 
-    def attend(self, q, k, v):                                      # (N, HW, D), keys, values
+    def attend(self, q, k, v):                                      # k, v: of pixels or of words
         q = rearrange(q, "n l (heads d) -> n heads l d", d=self.head_dim)
         k = rearrange(k, "n l (heads d) -> n heads l d", d=self.head_dim)
         v = rearrange(v, "n l (heads d) -> n heads l d", d=self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v)
-        return rearrange(y, "n heads l d -> n l (heads d)")                 # (N, HW, D)
+        return rearrange(y, "n heads l d -> n l (heads d)")         # (N, HW, D)
 
     def forward(self, x, words):                                    # (N, D, H, W), (N, L, c_words)
         h = rearrange(x, "n d h w -> n (h w) d")                    # (N, HW, D)
@@ -95,13 +94,13 @@ def call(block, *args):
 def call_checkpointed(block, *args, context_fn):
     """block(*args), of which only args are kept for backward: there the block is run again."""
     options = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
-    if not torch.compiler.is_compiling():  # a compiled graph takes no context_fn, and needs none
+    if not torch.compiler.is_compiling():  # torch.compile takes none; its graph has the timesteps
         options["context_fn"] = context_fn
     return checkpoint(block, *args, **options)
 
 
 class UNet(nn.Module):
-    """Predicts v from a noisy image, its timestep and its caption.
+    """Predicts v (see Diffusion) from a noisy image, its timestep and its caption.
 
     channels: D at each resolution, the highest first; each next one has half the height and width.
     attention: the resolutions with attention, 0 is the highest. blocks: stages at each
@@ -195,9 +194,9 @@ class UNet(nn.Module):
     def checkpoint_blocks(self, context_fn):
         """Keep only the input of each block for backward, and run the block again there.
 
-        It takes less memory and more time. context_fn: of torch.utils.checkpoint. A quantized
-        model with several buckets needs quant.remember, so that a block that is run again has the
-        timesteps of its batch. Others may have it, too.
+        It takes less memory and more time. context_fn: of torch.utils.checkpoint. With
+        quant.remember, the quantized layers of a block that is run again know the timesteps of
+        its batch. Models without such layers may be given it, too.
         """
         self.call = partial(call_checkpointed, context_fn=context_fn)
 
@@ -228,8 +227,7 @@ class Diffusion:
         self.alphas_cumprod = (1 - self.betas).cumprod(0)           # (T,), float64
 
     def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar_t) and sqrt(1 - abar_t) for timesteps t (N,), shaped to multiply x (N, ...).
-        """
+        """sqrt(abar_t) and sqrt(1 - abar_t) for t (N,), in a shape that multiplies x (N, ...)."""
         ones = [1] * (x.dim() - 1)
         abar = self.alphas_cumprod[t.cpu()].view(-1, *ones)         # (N, 1, 1, 1)
         return abar.sqrt().to(x), (1 - abar).sqrt().to(x)
@@ -239,10 +237,10 @@ class Diffusion:
         a, s = self.coefficients(t, x0)
         return a * x0 + s * eps
 
-    def to_x0_eps(self, v: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The x0 and the eps that a prediction v implies for x (N, C, H, W) at t (N,)."""
+    def to_x0(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction v implies for x (N, C, H, W) at t (N,)."""
         a, s = self.coefficients(t, x)
-        return a * x - s * v, s * x + a * v
+        return a * x - s * v
 
     def squared_error(self, v: Tensor, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The mean squared error (N,) of each sample's v, predicted from q_sample(x0, t, eps)."""
@@ -251,10 +249,10 @@ class Diffusion:
         return (v.float() - target).square().mean((1, 2, 3))
 
     def draw_timesteps(self, n: int, generator: torch.Generator, focus: float = 0.0) -> Tensor:
-        """n random timesteps in 0 .. T - 1, evenly spread and in rising order: (n,).
+        """n timesteps in 0 .. T - 1, evenly spread from a random offset, in rising order: (n,).
 
-        With focus = 0, each of n equal intervals has one. A focus below 1 makes them 1 / (1 -
-        focus) times as dense in the middle, where the details of an image are decided.
+        With focus = 0, each of n equal intervals has one. With a focus between 0 and 1, they are
+        1 / (1 - focus) times as dense in the middle, where the details of an image are decided.
         """
         u = (torch.arange(n) + torch.rand(1, generator=generator)) / n
         u = u + focus * (2 * torch.pi * u).sin() / (2 * torch.pi)

@@ -67,7 +67,7 @@ def learning_rate(args, step):
 def pretrain(args):
     """Train a UNet on scenes of the toy world.
 
-    Writes out/base.pt, the moving average (EMA) of its weights, as float16, and out/state.pt.
+    Writes to args.out: base.pt, the moving average (EMA) of its weights, as float16, and state.pt.
     """
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -127,7 +127,7 @@ def pretrain(args):
         update_ema(ema, model, step)
     # fmt: on
     if first >= args.steps and RANK == 0:
-        save_base(first)  # no step was left to do; base.pt may be older than the state, or gone
+        save_base(first)  # no step was left to do; base.pt may be newer than the state, or gone
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def update_ema(ema, model, step):
 
 
 def score_base(model, seed, n=200):
-    """Print how much is right of n images of plain shapes, and of n images of creatures."""
+    """Print which shares of n images of plain shapes, and of n of creatures, are right."""
     for kind, (as_said, whole) in rate_base(model, seed, n).items():
         print(
             f"{n} {kind}: {as_said:.1%} show all that the caption says; "

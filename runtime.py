@@ -63,7 +63,7 @@ def checksum(obj) -> str:
 
 
 def leaves(obj, name=""):
-    """Yield (name, value) for all that is in nested dicts, lists and tuples, as in
+    """Yield (name, value) for all that is in nested dicts, lists and tuples.
 
     {"a": 1, "b": [2]}  ->  ("", "dict 2"), ("['a']", 1), ("['b']", "list 1"), ("['b'][0]", 2)
     """
@@ -101,7 +101,7 @@ def save(obj, path, write=write_checkpoint):
 
     So path holds the old file or the new one, and never half of one. The new file has the mode of
     the old one, and a link stays a link: the file that it leads to is written. Raises ValueError if
-    it can't be.
+    path can't be written.
     """
     target = where_to_write(path)
     contents = io.BytesIO()  # in memory first: torch.save hides the error of a full disk
@@ -116,7 +116,7 @@ def save(obj, path, write=write_checkpoint):
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it may not be there
             os.remove(temporary)
         if isinstance(error, OSError):
             raise ValueError(
@@ -535,8 +535,8 @@ def claim(folder):
 
 def describe(args) -> dict[str, str]:
     """The flags that a run must share with the one that it resumes, torchrun's among them."""
-    # what doesn't change the training; n and guidance are flags of examples/stable_diffusion.py
-    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps", "n", "guidance")
+    # what doesn't change the training
+    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps")
     flags = {key: str(value) for key, value in vars(args).items() if key not in free}
     return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 
@@ -544,9 +544,9 @@ def describe(args) -> dict[str, str]:
 def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    inputs: {flag: checksum of the file or folder that it names}, compared with those in the state.
-    Raises ValueError if there is no state, if the flags of that run differ by more than may_differ,
-    or if its inputs differ.
+    inputs: {flag: checksum of the file or folder that it names}, compared with those in the state;
+    the name itself may be another. Raises ValueError if there is no state, if a flag differs that
+    isn't in may_differ, or if an input does.
     """
     path = args.out / "state.pt"
     if not path.exists():
@@ -561,9 +561,11 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
         raise not_whole(path)
     if not inputs.keys() <= inputs_then.keys():
         raise not_whole(path)
-    differ = [key for key, value in describe(args).items() if was.get(key) != value]
-    if not set(differ) <= set(may_differ):
-        flags = " ".join(as_flag(key, was.get(key)) for key in differ)
+    may_differ = {*may_differ, *[flag.replace("-", "_") for flag in inputs]}
+    flags = describe(args)
+    differ = [key for key in flags if was.get(key) != flags[key] and key not in may_differ]
+    if differ:
+        flags = " ".join(as_flag(key, was.get(key, "None")) for key in differ)
         raise ValueError(
             f"{path} comes from a run with {flags}; resume with the same, or start without --resume"
         )

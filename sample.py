@@ -95,7 +95,7 @@ def sample(
                 merged_bucket = b
         x0, eps = predict(net, x, t, words, cfg_scale, diffusion, chunk)
         noise = draw_noise(generators)
-        x = step(x, x0, eps, abars[i], abars[i + 1], noise).float()
+        x = step(x, x0, eps, abars[i], abars[i + 1], noise)
     check_finite(x)
     return x.clamp(-1, 1)
 
@@ -141,7 +141,7 @@ def predict(net, x, t, words, cfg_scale, diffusion, chunk):
         ws = ws.to(device)
         ts = torch.full((len(xs),), t, device=device)
         v = guided(net, xs, ts, ws, cfg_scale)
-        x0 = diffusion.to_x0_eps(v, xs, ts)[0].clamp(-1, 1)
+        x0 = diffusion.to_x0(v, xs, ts).clamp(-1, 1)
         a, s = diffusion.coefficients(ts, xs)
         eps = (xs - a * x0) / s
         x0_chunks.append(x0.cpu())

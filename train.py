@@ -57,8 +57,8 @@ PROMPTS = (  # no instance image of a shipped subject shows one of these
     "sks creature and red circle on plain green",
     "sks creature and yellow square on blue stripes",
 )
-IMAGES_PER_PROMPT = 5  # that are scored
-TRAINED_WORDS = ("words.weight",)  # what --train-words trains
+IMAGES_PER_PROMPT = 5  # drawn and scored
+TRAINED_WORDS = ("words.weight",)  # the parameter of which --train-words trains rows
 
 
 def arguments(argv=None):
@@ -154,8 +154,8 @@ def train_words(model, captions):
 def finetune(model, args, instance, captions, state=None, inputs=None):
     """Train all parameters that require a gradient.
 
-    Of a quantized model, these are the deltas: what the frozen scales are changed by, a set for
-    each bucket of timesteps.
+    Of a quantized model, these are the deltas, by which the frozen scales are multiplied as
+    exp(delta): a set for each bucket of timesteps.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
     has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.
@@ -187,13 +187,13 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        # B instance images, then B class images, for each process
+        # B instance images and B class images for each process, which takes its share of both
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
         eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
         x0, words, t, eps = my_share((x0, words, t, eps), args, parts=2)
 
         x_t = diffusion.q_sample(x0, t, eps)                            # (2B, 3, 16, 16)
-        v = net(x_t, t, words)    # each quantized layer uses the scales of the buckets of t
+        v = net(x_t, t, words)    # quant.enter_call tells quantized layers the buckets of t
         error = diffusion.squared_error(v, x0, t, eps)                  # (2B,)
         loss = error[:args.batch].mean() + args.prior * error[args.batch:].mean()
         loop.watch(error, t)
@@ -268,6 +268,7 @@ def main():
 
     # load
     folder = find_subject(args.subject)
+    check_out(args, folder)
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
     if RANK == 0:
@@ -277,7 +278,6 @@ def main():
         raise ValueError(
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
-    check_out(args, folder)
     lock = claim(args.out)
     inputs = {
         "base": checksum(model.state_dict()),
@@ -314,7 +314,7 @@ def main():
         tuned = {"kind": "adapter", **adapter(model, also)}
         load_adapter(model, tuned)  # rounds the deltas to float16, as they are saved
 
-    # sample and score; if the training has diverged, this fails, and no older file is replaced
+    # sample and score; if the training has diverged, this fails, and no older result is replaced
     images_after, scores_after = evaluate(model, parts, args)
 
     # save

@@ -44,6 +44,7 @@ from calibrate import CALIBRATIONS
 from data.toy import SUFFIXES, files_with, read_rgb
 from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
 from runtime import (
+    WORLD_SIZE,
     Loop,
     Parser,
     checksum,
@@ -113,9 +114,13 @@ def arguments():
     parser.number("--guidance", float, 1, 100, 7.5, "classifier-free guidance", sampling)
 
     args = parser.parse_args()
+    parser.check_processes()
+    if WORLD_SIZE > 1:
+        parser.error("this example runs in one process; start it without torchrun")
     args.base = args.base or args.out / "base.pt"
     if bool(args.subject) == bool(args.sample):
         parser.error("give --subject FOLDER to train, or --sample PROMPT to draw")
+    refuse_flags_of_the_other(parser, args)
     if args.subject and not args.prompt:
         parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
     if bool(args.class_images) != bool(args.class_prompt):
@@ -127,6 +132,18 @@ def arguments():
     if makes_base and args.calibration == "gptq" and not args.class_images:
         parser.error("--calibration gptq needs --class-images; give them, or use rowcol")
     return args
+
+
+def refuse_flags_of_the_other(parser, args):
+    """End with a sentence if flags of sampling are given to train, or of training to draw."""
+    data = ("prompt", "class_images", "class_prompt")
+    training = ("bits", "buckets", "calibration", "steps", "lr", "batch", "prior", "resume")
+    sampling = ("n", "sample_steps", "guidance")
+    given = parser.given(None, sampling if args.subject else (*data, *training))
+    if given:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        task = "--subject trains" if args.subject else "--sample draws"
+        parser.error(f"{task}, so it can't heed {flags}; leave that out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,6 +230,7 @@ def encode(pipe, folder, prompt, size):
     latents = []
     for path in tqdm(images_in(folder), f"encoding {folder.name}", leave=False):
         image = read_image(path, size).to(pipe.device)
+        # the mean, so that one encoding serves all steps
         latents.append(pipe.vae.encode(image).latent_dist.mean.cpu())
     latents = torch.cat(latents) * pipe.vae.config.scaling_factor
     words, _ = pipe.encode_prompt(prompt, pipe.device, 1, do_classifier_free_guidance=False)
@@ -425,7 +443,7 @@ def draw(args):
     """Draw images of --sample by the pipeline's own scheduler, and write them as a grid.
 
     The pipeline gives the UNet one timestep for all samples, so a call takes one bucket's scales.
-    Weights stay packed: the 3.4 GB of float weights never exist.
+    Weights stay packed while it draws.
     """
     subject = load(args.out / "adapter.pt", "Stable Diffusion adapter")
     base = load(args.base, "Stable Diffusion base")
@@ -437,7 +455,7 @@ def draw(args):
     check_prompt(pipe, args.sample)
     pipe.set_progress_bar_config(disable=True)
     images = []
-    # one by one, so that an image depends on the seed and its number only
+    # one by one, so that an image depends on the sum of the seed and its number only
     for number in tqdm(range(args.n), "drawing", leave=False):
         with torch.autocast(args.device, torch.bfloat16):
             images += pipe(

@@ -221,8 +221,7 @@ def draw_denoising(args, steps=12):
 
     def look(_, inputs, v):
         x, t, _ = inputs
-        x0, _ = DIFFUSION.to_x0_eps(v, x, t)
-        seen.append((x, t, x0))
+        seen.append((x, t, DIFFUSION.to_x0(v, x, t)))
 
     model.register_forward_hook(look)
     words = torch.tensor([toy.caption("sks creature on blue stripes")])

@@ -129,6 +129,13 @@ def test_a_checkpoint_whose_values_or_names_were_changed_is_refused(tmp_path):
         load(path, "model")
 
 
+def test_a_path_through_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.pt", tmp_path / ("a" * 300)):
+        with pytest.raises(ValueError, match="can't be written"):
+            save({"kind": "model"}, path)
+
+
 def test_the_base_that_ships_is_the_one_of_the_published_results():
     base = torch.load(BASE, weights_only=True)
     assert base["checksum"] == runtime.checksum(load(BASE, "model"))
@@ -210,6 +217,14 @@ def test_other_weights_at_the_same_path_are_not_resumed(finished, capsys):
         save(base, folder / "base.pt")
         error = error_of(train, *flags, "--resume", capsys=capsys)
     assert "--base had other contents" in error
+
+
+def test_the_same_weights_and_images_at_other_paths_are_resumed(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "moved")
+    base, subject, out = (tmp_path / "moved" / name for name in ("base.pt", "subject", "out"))
+    there = (*SHORTEST, "--base", base, "--subject", subject, "--out", out, "--resume")
+    assert run(train, *there) == 0
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.txt"])

@@ -230,7 +230,7 @@ def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch
     monkeypatch.setattr(runtime.Loop, "watch", watch)
     assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
     assert "comes from a run with --lr 0.01" in capsys.readouterr().err
-    assert run(stable_diffusion, *once, "--resume", "--n", 2) == 0
+    assert run(stable_diffusion, *once, "--resume") == 0
     assert "peak memory" in capsys.readouterr().out
     for name in ("adapter.pt", "state.pt"):
         resumed = torch.load(tmp_path / name, weights_only=True)
@@ -376,6 +376,12 @@ def test_draws_with_the_model_that_the_base_was_made_of(world, tmp_path, capsys)
     assert not (world / "run" / "sample.png").exists()
 
 
+def test_it_runs_in_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(stable_diffusion, "WORLD_SIZE", 2)
+    assert run(stable_diffusion, "--model", "x", "--sample", "x") == 2
+    assert "runs in one process" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["dog", "dogs"])
 def test_a_folder_of_images_is_not_written_to(name, world, capsys):
     assert run(stable_diffusion, *flags(world), "--out", world / name) == 2
@@ -403,19 +409,14 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
     config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [8, 16]}))
     shutil.rmtree(tmp_path / "no unet" / "unet")
     base = ["--base", world / "run" / "base.pt"]
+    trains = ["--model", "x", "--subject", "x", "--prompt", "x"]
+    draws = ["--model", "x", "--sample", "x"]
     cases = {
         "give --subject": ["--model", "x"],
         "needs --prompt": ["--model", "x", "--subject", "x"],
-        "belong together": [
-            "--model",
-            "x",
-            "--subject",
-            "x",
-            "--prompt",
-            "x",
-            "--class-prompt",
-            "x",
-        ],
+        "belong together": [*trains, "--class-prompt", "x"],
+        "--sample draws, so it can't heed --bits and --resume": [*draws, "--resume", "--bits", 3],
+        "--subject trains, so it can't heed --n": [*trains, "--n", 3],
         "needs --class-images": [*flags(world)[:8], "--calibration", "gptq"],
         "from 2 to 8": ["--model", "x", "--bits", 9],
         "can't be read": [*flags(world), "--model", tmp_path / "missing"],
@@ -499,10 +500,13 @@ def test_memory_goes_on_after_a_failed_row(monkeypatch, capsys):
         assert reason in table
 
 
-def test_check_notices_a_wrong_layer(monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_check_notices_a_wrong_layer(factor, monkeypatch):
     scale_samples = QuantLayer.scale_samples
-    monkeypatch.setattr(
-        QuantLayer, "scale_samples", lambda self, x, d, rows: 1.01 * scale_samples(self, x, d, rows)
-    )
+
+    def wrong(self, x, d, rows):
+        return factor * scale_samples(self, x, d, rows)
+
+    monkeypatch.setattr(QuantLayer, "scale_samples", wrong)
     with pytest.raises(ValueError, match="differs from the plain formula"):
         memory.check("cpu")
