@@ -122,6 +122,7 @@ GPTQ_SETTINGS = by_name(  # tried on the subjects that no other table reports
         Row("rowcol", flags="--calibration rowcol"),
         Row("gptq", flags="--calibration gptq"),
         Row("gptq, lr 0.02", flags="--calibration gptq --lr 0.02"),
+        Row("rowcol, lr 0.02", flags="--calibration rowcol --lr 0.02"),
         Row("gptq, prior 0.5", flags="--calibration gptq --prior 0.5"),
         Row("gptq, prior 1", flags="--calibration gptq --prior 1"),
         Row("gptq, lr 0.015", flags="--calibration gptq --lr 0.015"),
@@ -133,7 +134,7 @@ SCORES = {
     "parts": "parts right",
     "identity": "whole subject",
     "both parts": "parts, two in one image",
-    "both identity": "two whole",
+    "both identity": "whole, two in one image",
     "prompt": "prompt right",
     "red parts": "in other creatures",
     "world loss": "loss on the world",
@@ -147,7 +148,7 @@ SHOWN = {
     "shown mixed": "some parts the other's",
     "shown neither": "wrong parts, none the other's",
     "shown no creature": "no creature",
-    "taken": "wrong parts that are the other's",
+    "taken": "parts of the other",
     "taken by chance": "by chance",
 }
 

@@ -332,13 +332,18 @@ def show_calibrations(args, settings):
         elif floor is not None:
             gap = sum(before) / len(before) - floor
             share = f"{1 - (sum(after) / len(after) - floor) / gap:.0%}"
-        quantized = f"{before[0]:.5f}"
-        if len(set(before)) > 1:  # only the data of gptq depend on the seed
-            quantized = mean_sd(before, 5)
-        cells = [str(setting.bits), setting.calibration, quantized]
+        cells = [str(setting.bits), setting.calibration, untuned_loss(runs)]
         rows.append([*cells, mean_sd(after, 5), share, str(len(runs))])
     columns = ["bits", "calibration", "quantized", "tuned", "recovered", "runs"]
     show(args, "validation loss", columns, rows)
+
+
+def untuned_loss(runs):
+    """The cell of the loss before tuning. It has a ± only if seeds matter, as they do for gptq."""
+    before = [run["before"] for run in runs]
+    if len(set(before)) == 1:
+        before = before[:1]
+    return mean_sd(before, 5)
 
 
 def show_scale_sets(args, settings):
@@ -361,20 +366,19 @@ def show_scale_sets(args, settings):
 
 
 def show_scale_sets_in_short(args, settings):
-    """A table of the loss after 300 steps: a row for each method, a column for each start."""
-    cells = {}  # of each method, by start
-    starts = []
+    """A table of the loss after STEPS steps: a row for each method, a column for each start."""
+    untuned = {}  # the loss of each start
+    tuned = {}  # the loss of each method, by start
     for setting in settings:
-        runs = recoveries_of(args, setting).values()
+        runs = list(recoveries_of(args, setting).values())
         if setting.steps == STEPS and runs:
-            row = cells.setdefault(setting.method, {})
-            row[setting.start] = mean_sd([run["after"] for run in runs], 5)
-            if setting.start not in starts:
-                starts.append(setting.start)
+            of_method = tuned.setdefault(setting.method, {})
+            of_method[setting.start] = mean_sd([run["after"] for run in runs], 5)
+            untuned.setdefault(setting.start, untuned_loss(runs))  # the same for all methods
     rows = []
-    for method, row in cells.items():
-        rows.append([method, *[row.get(start, "") for start in starts]])
-    show(args, "scale sets, in short", ["loss after tuning", *starts], rows)
+    for method, losses in {"untuned": untuned, **tuned}.items():
+        rows.append([method, *[losses.get(start, "") for start in untuned]])
+    show(args, "scale sets, in short", ["method", *untuned], rows)
 
 
 TABLES = {

@@ -112,14 +112,17 @@ def test_scale_sets_stand_beside_their_starts(tmp_path, capsys):
     log = tmp_path / "runs.jsonl"
     runs = [("4 bits, rowcol", 0.5), ("4 bits, rowcol, PEQA", 0.6), ("2 bits, gptq", 0.7)]
     for name, after in runs:
-        append(log, {"recovery": name, "seed": 0}, {"before": 1, "after": after})
+        append(log, {"recovery": name, "seed": 0}, {"before": 1.0, "after": after})
+    append(log, {"recovery": "4 bits, rowcol, PEQA", "seed": 1}, {"before": 1.0, "after": 0.6})
+    append(log, {"recovery": "2 bits, gptq", "seed": 1}, {"before": 3.0, "after": 0.7})
     tables.recovery(args_of(tmp_path, rows=["none"]))
     short = capsys.readouterr().out.split("scale sets, in short\n\n")[1].splitlines()
     assert short == [
-        "| loss after tuning | 4 bits, rowcol | 2 bits, gptq |",
+        "| method | 4 bits, rowcol | 2 bits, gptq |",
         "| --- | --- | --- |",
-        "| PEQA | 0.60000 |  |",
-        "| TuneQDM, N = 1 | 0.50000 | 0.70000 |",
+        "| untuned | 1.00000 | 2.00000 ± 1.00000 |",
+        "| PEQA | 0.60000 ± 0.00000 |  |",
+        "| TuneQDM, N = 1 | 0.50000 | 0.70000 ± 0.00000 |",
     ]
 
 
