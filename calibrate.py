@@ -6,7 +6,7 @@ each column (input channel). The weight is replaced by
     W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]    codes in 0 .. 2^n_bits - 1
 
     minmax    the grid of each row reaches from its smallest to its largest weight; s_in is 1
-    mse       the range of each row is shrunk by what makes its squared error smallest; s_in is 1
+    mse       the range of each row is shrunk to where its squared error is smallest; s_in is 1
     rowcol    columns are balanced against rows, then s_out, s_in and codes are fitted in turn
     gptq      a grid as by rowcol, with codes that keep the layer near the float one on given data
 
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
-    """The code of the grid point that is nearest to each weight: (G, O, I, K)."""
+    """The code of the grid point that is nearest to each weight, in w's shape."""
     return ((w / scale).round() + zero_point).clamp(0, 2**n_bits - 1)
 
 
@@ -105,16 +105,17 @@ def rowcol(w: Tensor, n_bits: int, rounds: int = 12) -> Grid:
 
 
 def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
-    """Scales s_in (G, 1, I, 1) that give the columns of w / s_in similar standard deviations.
+    """Scales s_in (G, 1, I, 1) of the columns that, with others for the rows, even out a weight.
 
-    All columns of a row share its grid. If their sizes differ, the large columns make the steps
+    All weights of a row share its grid. If columns differ in size, the large ones make the steps
     wide, and the small ones are rounded to a few codes. Sinkhorn's iteration divides rows and
-    columns by their standard deviations until all are similar (SINQ, arXiv 2509.22944).
+    columns by their deviations until all are similar (SINQ, arXiv 2509.22944). Only those of the
+    columns are returned: the scales of rows are fitted afterwards.
 
     The imbalance is the largest deviation over the smallest. It doesn't fall in every round, so the
     scales of the best round are returned.
     """
-    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), the divisors of the rows, not returned
+    r = torch.ones_like(w[:, :, :1, :1])  # (G, O, 1, 1), the divisors of the rows
     c = torch.ones_like(w[:, :1, :, :1])  # (G, 1, I, 1), the divisors of the columns
     best, least = c, float("inf")
     for _ in range(rounds + 1):
@@ -126,7 +127,7 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
         imbalance = largest / smallest
         best = torch.where(imbalance < least, c, best)
         least = imbalance.clamp(max=least)
-        # at most by 2 in a round, so that no single round sets a scale
+        # divide by at most 2 in a round, so that no single round sets a scale
         r = r * (row_std / smallest).clamp(max=2)
         c = c * (col_std / smallest).clamp(max=2)
     return best
@@ -135,11 +136,11 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
-    It counts as at least a third of the root mean square. A grid includes 0, so weights that are
-    nearly equal, but far from 0, aren't small. By their tiny deviation alone they would be the
-    smallest, to which all others are brought.
+    It counts as at least a third of the root mean square. A grid includes 0, so even weights that
+    are nearly equal need a wide one if they are far from 0. Their tiny deviation alone would be
+    the smallest, to which all others are brought.
 
-    The deviation of a row or column of zeros counts as the largest, for the same reason.
+    A row or column of zeros gets the largest deviation, so that it isn't the smallest.
     """
     std = w.std(dims, keepdim=True, correction=0)
     root_mean_square = w.square().mean(dims, keepdim=True).sqrt()
@@ -163,11 +164,11 @@ DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
 
 
 class Moments(NamedTuple):
-    """Sums over all samples and positions of a layer's inputs. A group has J = I * K inputs.
+    """Sums over all samples, and over all pixels of a layer's output.
 
-    x is what reaches the layer when all layers before it are quantized, x_float what reaches it in
-    the float network. With J = 23,040, the most in Stable Diffusion 1.5, h and cross take 2.1 GB
-    each in float32.
+    For one of these, a group of the layer has J = I * K inputs: x when all layers before it are
+    quantized, x_float in the float network. With J = 23,040, the most in Stable Diffusion 1.5, h
+    and cross take 2.1 GB each in float32.
     """
 
     h: Tensor  # (G, J, J), the sum of x x^T; half the Hessian of the squared error of an output
@@ -184,10 +185,10 @@ def gptq(w: Tensor, n_bits: int, seen: Moments) -> Grid:
 
     over all that the layer sees. The inputs of a layer are correlated, so the weights of some can
     make up for the errors of others. First match_outputs finds the float weights v for which the
-    sum is smallest, damping aside. For any w_hat, the sum is that smallest one plus the sum of
+    sum is smallest, damping aside. For any w_hat, the sum exceeds this minimum by the sum of
     |(v - w_hat) x|^2. So v is what is rounded, and from then on h is all that is needed of the
-    data. The weights of a row are rounded in turn. After each, those that are still to be rounded
-    move to where the sum is smallest again (compensate).
+    data. All rows are rounded at once, input by input. After each, the weights that are still to be
+    rounded move to where the sum is smallest again (compensate).
 
     The grid is fitted to v, before the rounding starts, and stays. Weights that move beyond its
     ends are clamped, and those after them make up for that, too.
@@ -226,12 +227,13 @@ def match_outputs(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
 
 
 def compensate(w: Tensor, s_out: Tensor, zero_point: Tensor, h: Tensor, n_bits: int) -> Tensor:
-    """Round w (O, J) to codes (O, J), input by input, and correct the other weights after each.
+    """Round w (O, J) to codes (O, J), input by input, and correct the later weights after each.
 
-    s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T.
+    s_out, zero_point: (O, 1, 1), a grid for each row. h (J, J): the sum of x x^T, for the inputs x
+    that w multiplies.
 
     Inputs with large values come first: rounding their weights costs most, and all others can make
-    up for it. Once column j is rounded, in this order, with error = w[:, j] - w_hat[:, j], least
+    up for it. In this order, once column j is rounded with error = w[:, j] - w_hat[:, j], least
     squares moves the weights of the inputs after it:
 
         w[:, j + 1:] -= error u[j, j + 1:] / u[j, j]        u upper triangular, u^T u = h^-1
@@ -254,7 +256,7 @@ def inverse_factor(h: Tensor) -> Tensor:
 
     If h + damping = r r^T with r upper triangular, then u = r^-1. Cholesky's factor is lower
     triangular, so h is flipped in both directions before, and the factor after. h is divided by its
-    average first, so that its numbers may be large or small; compensate needs only ratios of u.
+    average first, so that it may be of any magnitude; compensate needs only ratios of u.
     """
     h = h / average(h)
     h.diagonal().add_(DAMPING)
@@ -264,7 +266,7 @@ def inverse_factor(h: Tensor) -> Tensor:
 
 
 def average(h: Tensor) -> Tensor:
-    """The mean of the diagonal of h: the sum of an input's squares, on average. At least 1e-30."""
+    """The mean of the diagonal of h, which has each input's sum of squares. At least 1e-30."""
     return h.diagonal().mean().clamp(min=1e-30)
 
 
@@ -272,8 +274,9 @@ def average(h: Tensor) -> Tensor:
 # The data: what a layer sees
 # --------------------------------------------------------------------------------------------------
 
-# quant.make_with_data calls these for a model in eval mode, without gradients: count_calls once,
-# then, layer by layer, inputs_of in the float and in the quantized network, moments, and gptq.
+# quant.make_with_data calls these, for a model in eval mode and without gradients. It calls
+# count_calls once; then for each layer inputs_of, in the float and in the quantized network, and
+# moments, and gptq.
 
 
 class Reached(Exception):
@@ -302,9 +305,10 @@ def count_calls(model: nn.Module, layers, batch) -> dict[nn.Module, int]:
 def inputs_of(layer: nn.Module, calls: int, model: nn.Module, data: list) -> list[Tensor]:
     """What reaches a layer when the model is called on each batch of data.
 
-    calls: how often the model calls the layer on a batch. The last of these calls ends the model's.
+    calls: how often the model calls the layer on a batch. The last of them ends the model's call.
     """
     inputs = []
+    before = 0  # inputs of earlier batches
 
     def keep(layer, args, kwargs):
         x = args[0] if args else kwargs["input"]
@@ -376,7 +380,7 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 def pixels(conv: nn.Module) -> tuple[int, ...]:
     """The padding of a Conv2d in pixels; conv.padding may be "same" or "valid".
 
-    With "same" it is equal on both sides: quantize refuses other layers.
+    quantize refuses layers for which "same" isn't the same on both sides.
     """
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))

@@ -16,10 +16,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+import train
 from data import toy
 from quant import bucket
 from report import parse_with_log, runs_of
-from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, draw_prompts, losses, prepare
+from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, losses, prepare
 from runtime import BASE, Parser, guard, load, save
 from sample import sample
 
@@ -67,13 +68,13 @@ def draw_samples(args):
     figure, axes = plt.subplots(1, len(names), figsize=(8, 9))
     for axis, name in zip(axes, names):
         model, run = restored(args, name)
-        images = draw_prompts(model, run)
-        column = toy.to_grid(torch.stack(list(images.values())), 1)
+        images, _ = train.evaluate(model, None, run)  # without scores
+        column = toy.to_grid(images[:: train.IMAGES_PER_PROMPT], 1)
         axis.imshow(column)
         axis.set_title(name.replace(", ", "\n"), fontsize=8)
         hide_ticks(axis)
 
-    labels = [prompt.replace(" and", "\nand").replace(" on", "\non") for prompt in images]
+    labels = [prompt.replace(" and", "\nand").replace(" on", "\non") for prompt in train.PROMPTS]
     middles = (torch.arange(len(labels)) + 0.5) * column.height / len(labels)
     axes[0].set_yticks(middles, labels, fontsize=8)
     return figure

@@ -1,6 +1,6 @@
-"""Recovery: tune a quantized base on the pretraining set, and see what of its loss comes back.
+"""Recovery: tune a quantized base on the pretraining set. How near does it come to the float one?
 
-The task of the paper's table of CIFAR-10 in miniature: there are data for every timestep, and no
+The task of the paper's table of CIFAR-10 in miniature: each step has new images, and there is no
 subject. And one question to gptq, without tuning: from which timesteps must its data come?
 """
 
@@ -37,7 +37,7 @@ METHODS = {  # the scales that are trained, and the number of their sets; LoRA h
 class Recovery:
     """A setting: how the base is quantized, what is trained, and for how long."""
 
-    bits: int  # 32 is the float base: all of its weights are tuned, whatever the method
+    bits: int  # 32 is the float base: all of its weights are tuned, and the rest says nothing
     calibration: str
     method: str = ONE_SET
     steps: int = STEPS
@@ -78,11 +78,20 @@ def settings_of_scale_sets() -> list[Recovery]:
     return settings
 
 
-THIRDS = {  # of the timesteps, from t = 0: from, to
+THIRDS = {  # parts of the timesteps 0 .. T: from, to
     "all": (0, 1),
     "the first third": (0, 1 / 3),
     "the last third": (2 / 3, 1),
 }
+
+
+def settings_of_thirds() -> dict[str, tuple[str, int]]:
+    """The settings of calibrate_on by name: one of THIRDS, and the bits of a weight."""
+    found = {}
+    for bits in (4, 3):
+        for third in THIRDS:
+            found[f"{bits} bits, data of {third}"] = (third, bits)
+    return found
 
 
 def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
@@ -119,9 +128,10 @@ def prepare(setting: Recovery, seed: int):
 
 
 def recover(setting: Recovery, seed: int, steps_divisor: int = 1) -> dict:
-    """Quantize the base and tune it on the pretraining set: the validation loss before and after.
+    """Quantize the base and tune it on the pretraining set.
 
-    steps_divisor: what the number of steps is divided by.
+    Returns the validation loss before and after, and how many numbers were trained. steps_divisor:
+    what the number of steps is divided by.
     """
     model, lr = prepare(setting, seed)
     before = validation_loss(model)

@@ -4,13 +4,12 @@ Each finished run is a line of the log, a JSON object. Some of its fields are it
 
     {"row": ..., "subject": ..., "seed": ..., ...}    fine-tuned to a subject (runs.py)
     {"recovery": ..., "seed": ..., ...}               tuned on the pretraining set (recovery.py)
-    {"data": ..., "seed": ..., ...}                   by the timesteps of gptq's data (recovery.py)
+    {"data": ..., "seed": ..., ...}                   gptq on data of some timesteps (recovery.py)
     {"activations": ..., "seed": ..., ...}            activations rounded, too (activations.py)
 """
 
 import json
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "experiments" / "RESULTS.md"]
 def lines(log: Path, **key) -> list[dict]:
     """The lines of the log that have these fields, such as row="the base".
 
-    A last line that was cut, by the end of a run that was killed, doesn't count: that run is done
-    again. Raises ValueError for any other line that isn't one of a run.
+    A last line that was cut because its run was killed doesn't count: that run is done again.
+    Raises ValueError for any other line that isn't one of a run.
     """
     if not log.exists():
         return []
@@ -52,7 +51,7 @@ def by_seed(args, **key) -> dict[int, dict]:
     return {line["seed"]: line for line in lines(args.log, **key)}
 
 
-def runs_of(args, name: str, subjects: list[str]) -> dict[tuple[str, int], dict]:
+def runs_of(args, name: str, subjects) -> dict[tuple[str, int], dict]:
     """The runs of a row in the log, by subject and seed. The last counts, if one is there twice."""
     found = {}
     for run in lines(args.log, row=name):
@@ -66,16 +65,6 @@ def whole_lines(log: Path) -> tuple[str, bool]:
     text = log.read_text(errors="replace")
     end = text.rfind("\n") + 1
     return text[:end], end < len(text)
-
-
-def is_asked_for(args, name: str) -> bool:
-    """True if a pattern of --rows fits the name of a row."""
-    return any(fnmatch(name, pattern) for pattern in args.rows)
-
-
-def is_due(args, name: str, key: dict) -> bool:
-    """True if --rows asks for the row of this name and the log has no line with this key."""
-    return is_asked_for(args, name) and not lines(args.log, **key)
 
 
 def append(log: Path, key: dict, found: dict):
@@ -95,9 +84,13 @@ def parse_with_log(parser):
     """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
     log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
     parser.add_argument("--log", type=Path, help=log_help)
-    quick_help = "a twentieth of the steps and of some images, and few subjects"
+    quick_help = "a twentieth of the steps and of some images, few subjects, a log of its own"
     parser.add_argument("--quick", action="store_true", help=quick_help)
     args = parser.parse_args()
+    if args.quick and args.log:
+        parser.error(
+            "--quick makes numbers that mean nothing, for a log of its own; leave out --log"
+        )
     args.steps_divisor = 20 if args.quick else 1  # what steps are divided by
     if args.log is None:
         args.log = Path("out", "quick.jsonl" if args.quick else "runs.jsonl")

@@ -1,8 +1,9 @@
 """What most tables and figures are made of: methods, and runs of train.py with them.
 
 A row of a table is a method, given by flags of train.py. A run is a row, a subject and a seed: the
-model is made, fine-tuned to the subject and scored. It leaves a line in the log (report.py), and
-files in out/NAME, if the log is NAME.jsonl.
+model is made, fine-tuned to the subject and scored. It becomes a line of the log (report.py); what
+it trained is in out/NAME, if the log is NAME.jsonl. The losses at the end serve other experiments,
+too.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ DIFFUSION = Diffusion()
 # Rows: the methods
 # --------------------------------------------------------------------------------------------------
 
-WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject: 4 is the yardstick
+WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject: 4, the yardstick, first
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ SCORES = {
 }
 DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
 
-# What two subjects in one image show: shares of the two places, then parts of a creature.
+# What two subjects in one image show: shares of the creatures, then numbers of parts.
 SHOWN = {
     "shown whole": "whole",
     "shown exchanged": "the other subject",
@@ -158,7 +159,7 @@ SHOWN = {
 
 
 def prepare(args, row: Row, subject: str, seed: int):
-    """The row's model before it is fine-tuned, and the arguments of train.py for this run."""
+    """The row's model before it is fine-tuned, and run: the arguments of train.py for this run."""
     words = f"{row.name} {subject} {seed}".replace(", ", " ")
     out = Path("out") / args.log.stem / words.replace(" ", "-")
     bits = ["--bits", str(row.bits)]
@@ -232,7 +233,8 @@ def train_raw_scales(model):
 def tune(args, row: Row, subject: str, seed: int) -> dict:
     """Fine-tune to a subject and score it: what the log says of a run.
 
-    subject: its name, or several ("bix+fen"), each of which gets a rare word of its own.
+    subject: its name, or several ("bix+fen"), each of which gets a rare word of its own. Deltas are
+    scored as they were trained; train.py rounds them to float16 first.
     """
     model, run = prepare(args, row, subject, seed)
     folders = {}
@@ -255,7 +257,7 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
         count = train.count_trained(model, run, captions)
 
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
-    of_subject = {*trained, *deltas(model)}  # deltas aren't the base's, trained or not
+    of_subject = {*trained, *deltas(model)}  # even deltas that aren't trained aren't the base's
     rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
     return {
         "trained": count,
@@ -267,7 +269,7 @@ def tune(args, row: Row, subject: str, seed: int) -> dict:
 
 
 def subject_bytes(model, trained: dict, run) -> int:
-    """Bytes of the file of what was trained: an adapter if that is scales, else the parameters."""
+    """Bytes of what was trained, in a file: an adapter if it holds that, else the parameters."""
     if not trained:
         return 0
     also = train.TRAINED_WORDS if run.train_words else ()
@@ -280,12 +282,12 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
     """The means of the exact scores. parts: the parts (7,) of each word's subject.
 
     Each subject is drawn alone, then two in one image ("both"). A red creature ("red") should have
-    no subject's parts.
+    a subject's parts by chance only.
     """
     found = {}  # lists of means: one for each subject and kind of image
 
     def draw(prompts, name_of, label, seed):
-        """Draw the prompts. Compare the creature called name_of[word] with the word's subject."""
+        """Draw the prompts. Score what they call name_of[word] as the subject of the word."""
         captions = torch.tensor(train.captions_of(prompts))
         images = sample(model, captions, run.sample_steps, seed=seed)
         for word, name in name_of.items():
@@ -321,8 +323,8 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
 
     images: (N, 3, 16, 16), drawn for a subject with the parts left (7,) and one with the parts
     right (7,). With k options, a wrong part is the other subject's by chance with probability
-    1 / (k - 1). For a marking that is a little too low: it can't have the body's color, which is
-    one of the k.
+    1 / (k - 1). For the color of the marking that is a little too low: it can't be the body's,
+    which is one of the k.
     """
     shown = {key: [] for key in SHOWN}
     options = torch.tensor([len(toy.OPTIONS[key]) for key in toy.KEYS])
@@ -346,12 +348,6 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
         shown["taken"].append(is_creature * taken)
         shown["taken by chance"].append(is_creature * by_chance)
     return {key: torch.cat(values).float().mean().item() for key, values in shown.items()}
-
-
-def draw_prompts(model, run) -> dict[str, Tensor]:
-    """An image (3, 16, 16) for each prompt that train.py draws."""
-    images, _ = train.evaluate(model, None, run)
-    return dict(zip(train.PROMPTS, images[:: train.IMAGES_PER_PROMPT]))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 A finished run is a line of the log and isn't done again. So a command can be stopped and started
 again, and several processes can share the work (--rows, --subjects).
 
-    --log experiments/runs.jsonl --rows none    run nothing, and show the runs that ship
+    --log experiments/runs.jsonl --rows none    show the runs that ship; no row is called none
     --write                                     put each table where a document has its mark
 """
 
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from recovery import (
     recover,
     settings_of_calibrations,
     settings_of_scale_sets,
+    settings_of_thirds,
 )
 from report import (
     append,
     by_seed,
-    is_asked_for,
-    is_due,
+    lines,
     mean_sd,
     parse_with_log,
     print_table,
@@ -59,7 +60,7 @@ IN_SHORT = [  # the README's rows
     "LoRA r = 2, packed base, 4 bits",
     "TuneQDM, N = 1, 2 bits",
 ]
-TOGETHER = {  # subjects that are tuned at once, by their number
+TOGETHER = {  # subjects that are tuned at once, by how many they are
     2: ["bix+fen", "gil+luz", "ori+tam"],
     3: ["bix+fen+gil", "luz+ori+tam"],
 }
@@ -79,6 +80,16 @@ def fill(args, title, rows, subjects, pairs):
     found = {name: runs_of(args, name, subjects) for name in rows}
     show_means(args, title, found)
     show_differences(args, f"{title}: differences", found, pairs)
+
+
+def is_asked_for(args, name):
+    """True if a pattern of --rows fits the name of a row."""
+    return any(fnmatch(name, pattern) for pattern in args.rows)
+
+
+def is_due(args, name, key):
+    """True if --rows asks for the row of this name and the log has no line with this key."""
+    return is_asked_for(args, name) and not lines(args.log, **key)
 
 
 def run_all(args, rows, subjects):
@@ -129,7 +140,7 @@ def show_differences(args, title, found, pairs):
     columns = score_columns(found)
     rows = []
     for name, yardstick in pairs:
-        both = []  # runs of one subject and seed
+        both = []  # (run, the yardstick's run) of each subject and seed
         for key, run in found[name].items():
             if key in found[yardstick]:
                 both.append((run, found[yardstick][key]))
@@ -140,7 +151,7 @@ def show_differences(args, title, found, pairs):
 
 
 def row_of_differences(name, yardstick, both, columns):
-    """The cells of a row of differences. both: a list of two runs each."""
+    """The cells of a row of differences. both: pairs of runs."""
     cells = [name, yardstick]
     for key in columns:
         differences = [mine[key] - other[key] for mine, other in both]
@@ -162,7 +173,7 @@ def show(args, title, columns, rows):
 
 
 def base(args):
-    """What the shipped base draws, and how much of it is right. It isn't logged."""
+    """Which shares of what the shipped base draws are right. They are printed, and not logged."""
     if is_asked_for(args, "the base"):
         score_base(load_model(BASE), seed=0)
 
@@ -281,19 +292,10 @@ def recover_all(args, settings):
                 append(args.log, key, recover(setting, seed, args.steps_divisor))
 
 
-def thirds():
-    """What gptq's data can be, by name: the bits of a weight, and one of THIRDS."""
-    found = {}
-    for bits in (4, 3):
-        for third in THIRDS:
-            found[f"{bits} bits, data of {third}"] = (bits, third)
-    return found
-
-
 def run_thirds(args):
     """Calibrate by gptq with data of some timesteps only, if the log doesn't have it."""
     for seed in range(args.seeds):
-        for name, (bits, third) in thirds().items():
+        for name, (third, bits) in settings_of_thirds().items():
             key = {"data": name, "seed": seed}
             if is_due(args, name, key):
                 append(args.log, key, calibrate_on(third, bits, seed))
@@ -302,7 +304,7 @@ def run_thirds(args):
 def show_thirds(args):
     """A table of the loss at some timesteps if gptq's data are from others."""
     rows = []
-    for name, (bits, third) in thirds().items():
+    for name, (third, bits) in settings_of_thirds().items():
         runs = by_seed(args, data=name).values()
         if runs:
             means = [mean_sd([run[key] for run in runs], 5) for key in THIRDS]
@@ -347,7 +349,7 @@ def untuned_loss(runs):
 
 
 def show_scale_sets(args, settings):
-    """A table of the loss by what is trained, and its difference from one set, seed by seed."""
+    """A table of the loss by what is trained, and its difference from N = 1, seed by seed."""
     rows = []
     for setting in settings:
         runs = recoveries_of(args, setting)
@@ -376,7 +378,9 @@ def show_scale_sets_in_short(args, settings):
             of_method[setting.start] = mean_sd([run["after"] for run in runs], 5)
             untuned.setdefault(setting.start, untuned_loss(runs))  # the same for all methods
     rows = []
-    for method, losses in {"untuned": untuned, **tuned}.items():
+    if tuned:
+        tuned = {"untuned": untuned, **tuned}
+    for method, losses in tuned.items():
         rows.append([method, *[losses.get(start, "") for start in untuned]])
     show(args, "scale sets, in short", ["method", *untuned], rows)
 
@@ -401,7 +405,7 @@ def main():
     parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
     rows_help = "patterns of the rows to run now (default: all)"
     parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
-    parser.number("--seeds", int, 1, 1000, 1, "runs of each subject with each method")
+    parser.number("--seeds", int, 1, 1000, 1, "how many seeds to run now, from 0")
     write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
     parser.add_argument("--write", action="store_true", help=write_help)
     args = parse_with_log(parser)

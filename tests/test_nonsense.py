@@ -256,6 +256,7 @@ CHOICES = [  # script, arguments, what the error names
     (tables, ["subjects", "--subjects", "pip"], "bix"),
     (tables, ["subjects", "mo"], "ablations"),
     (tables, ["subjects", "--quick", "--write"], "--write"),
+    (tables, ["subjects", "--quick", "--log", "a.jsonl"], "--log"),
     (bench, ["taste"], "speed"),
     (bench, ["speed", "--sizes", "vast"], "default"),
     (sample, ["--prompt", "dragon"], "dragon"),

@@ -126,6 +126,14 @@ def test_scale_sets_stand_beside_their_starts(tmp_path, capsys):
     ]
 
 
+def test_without_runs_the_tables_are_empty(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(tables, "write_table", lambda title, table: written.append(title))
+    for table in (tables.recovery, tables.one_subject, tables.several_subjects, tables.ablations):
+        table(args_of(tmp_path, rows=["none"], write=True))
+    assert written == []
+
+
 def spoil(text, title, row, wrong):
     """text with a number changed in a row of the table that is marked with title."""
     before, mark, after = text.partition(f"<!-- {title} -->\n| method |")
