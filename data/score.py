@@ -48,7 +48,8 @@ def read_object(images, spots=toy.SPOTS, creatures=False):
 
     The first two terms need no more of a sprite than which pixels it covers, and the last nothing
     of the image. So the sums over covered pixels are two matrix products with all S sprites at
-    once, of masks and of colors. The differences would be N * S * 189 numbers for each spot.
+    once, of masks and of colors. Computed directly, the differences would be N * S * 189 numbers
+    for each spot.
     """
     first = toy.PLAIN if creatures else 0
     world = toy.sprites()
@@ -162,6 +163,7 @@ def right_parts(images, words, parts, name):
     right = torch.full((len(images), len(toy.KEYS)), float("nan"))
     for has_it, obj, spots in objects_of(words):
         mine = has_it & (words[:, toy.NAME_SLOTS[obj]] == name)
+        # a subject is a creature: its parts are read even if a plain shape comes nearer
         creature, _ = read_object(images[mine], spots, creatures=True)
         right[mine] = (toy.sprites().parts[creature] == parts).float()
     return right
@@ -189,7 +191,8 @@ def matches(images, tolerance=0.25):
     """Which of images (N, 3, 16, 16) are scenes of the world with one object, pixel by pixel: (N,).
 
     An image is read and drawn again. It matches if no channel of any pixel, on a scale from 0 to 1,
-    differs by more than tolerance.
+    differs by more than tolerance. The default is larger than the difference between the two tones
+    of a background: one in the place of the other still matches.
     """
     images = images.float().cpu().clamp(-1, 1)
     sprite, spot = read_object(images)

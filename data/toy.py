@@ -377,7 +377,7 @@ def caption(text):
         if word not in WORD:
             known = " ".join(VOCAB[1:])
             word = textwrap.shorten(word, 40)
-            raise ValueError(f"unknown word '{word}' in the prompt; the words are: {known} and on")
+            raise ValueError(f"unknown word '{word}' in the prompt; the words are: and on {known}")
         slot = slot_of(word, section)
         if slot is None or words[slot] != 0:
             text = textwrap.shorten(text, 100)
@@ -406,7 +406,8 @@ def happens(chance, n, generator):
 def sample_object(place, generator, rare):
     """Draw a random object for each of places (N,), given by number: a creature two times in three.
 
-    Returns five tensors (N,): sprite, y and x for render, then the words for name and shape.
+    rare: the share of the creatures that are called by a rare word instead of their color. Returns
+    five tensors (N,): sprite, y and x for render, then the words for name and shape.
     """
     n = len(place)
     is_creature = happens(2 / 3, n, generator)
@@ -428,9 +429,8 @@ def sample_object(place, generator, rare):
 def sample_scenes(n, generator, rare=0.3):
     """Draw a batch of random scenes: images (n, 3, 16, 16) in [-1, 1] and captions (n, SLOTS).
 
-    A quarter of the scenes have two objects, left and right. rare: the share of the creatures that
-    are called by a rare word instead of their color. Captions lose words at random, as DROP says,
-    and a tenth of them lose all.
+    A quarter of the scenes have two objects, left and right. rare: see sample_object. Captions lose
+    words at random, as DROP says, and a tenth of them lose all.
     """
     left = list(PLACES).index("left")
     right = list(PLACES).index("right")
@@ -438,7 +438,7 @@ def sample_scenes(n, generator, rare=0.3):
     background = pick(len(backgrounds()), n, generator)
     place = pick(len(PLACES), n, generator)
 
-    # Every scene gets a second object, so that one batch draws them all; all but the pairs lose it.
+    # Every scene gets a second object, drawn in one batch. Then all scenes but the pairs lose it.
     place_a = torch.where(is_pair, left, place)
     place_b = torch.full((n,), right)
     sprite_a, y_a, x_a, name_a, shape_a = sample_object(place_a, generator, rare)
@@ -496,7 +496,7 @@ def refusing(file):
 
 
 def read_caption(file, name):
-    """The caption "NAME creature", and what the file adds if there is one: SLOTS word numbers."""
+    """The word numbers (SLOTS) of the caption "NAME creature", and of what the file adds to it."""
     if not os.path.lexists(file):
         return caption(f"{name} creature")
     with refusing(file):
