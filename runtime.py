@@ -535,8 +535,8 @@ def claim(folder):
 
 def describe(args) -> dict[str, str]:
     """The flags that a run must share with the one that it resumes, torchrun's among them."""
-    # what doesn't change the training
-    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps")
+    # what doesn't change the training; n and guidance are flags of examples/stable_diffusion.py
+    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps", "n", "guidance")
     flags = {key: str(value) for key, value in vars(args).items() if key not in free}
     return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 
@@ -544,9 +544,9 @@ def describe(args) -> dict[str, str]:
 def load_state(args, kind, inputs=None, may_differ=()) -> dict:
     """The state that the last run in args.out saved. Leftovers of a killed run are removed.
 
-    inputs: {flag: checksum of the file or folder that it names}, compared with those in the state;
-    the name itself may be another. Raises ValueError if there is no state, if a flag differs that
-    isn't in may_differ, or if an input does.
+    inputs: {flag: checksum of the file or folder that it names}, compared with those in the state.
+    Raises ValueError if there is no state, if a flag differs that isn't in may_differ, or if an
+    input does.
     """
     path = args.out / "state.pt"
     if not path.exists():
@@ -561,7 +561,6 @@ def load_state(args, kind, inputs=None, may_differ=()) -> dict:
         raise not_whole(path)
     if not inputs.keys() <= inputs_then.keys():
         raise not_whole(path)
-    may_differ = {*may_differ, *[flag.replace("-", "_") for flag in inputs]}
     flags = describe(args)
     differ = [key for key in flags if was.get(key) != flags[key] and key not in may_differ]
     if differ:

@@ -268,7 +268,6 @@ def main():
 
     # load
     folder = find_subject(args.subject)
-    check_out(args, folder)
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
     if RANK == 0:
@@ -278,6 +277,7 @@ def main():
         raise ValueError(
             f"{args.base} is quantized already; give --base a float model, such as {BASE}"
         )
+    check_out(args, folder)
     lock = claim(args.out)
     inputs = {
         "base": checksum(model.state_dict()),

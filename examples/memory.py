@@ -439,7 +439,7 @@ def main():
     parser.device()
     args = parser.parse_args()
     if args.device == "mps":
-        parser.error("the memory of mps can't be measured; give --device cpu")
+        parser.error("mps isn't measured; run this on a CUDA GPU or, with --device cpu, on Linux")
     deadline = time.monotonic() + args.seconds
     rows = [row for row in ROWS if any(part in row.name for part in args.rows)]
     if not rows:

@@ -139,9 +139,10 @@ def refuse_flags_of_the_other(parser, args):
     data = ("prompt", "class_images", "class_prompt")
     training = ("bits", "buckets", "calibration", "steps", "lr", "batch", "prior", "resume")
     sampling = ("n", "sample_steps", "guidance")
-    given = parser.given(None, sampling if args.subject else (*data, *training))
+    given = parser.given(None, sampling if args.subject else (*data, *training, "checkpoint"))
     if given:
         flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        flags = flags.replace("--checkpoint", "--no-checkpoint")
         task = "--subject trains" if args.subject else "--sample draws"
         parser.error(f"{task}, so it can't heed {flags}; leave that out")
 

@@ -37,7 +37,7 @@ METHODS = {  # the scales that are trained, and the number of their sets; LoRA h
 class Recovery:
     """A setting: how the base is quantized, what is trained, and for how long."""
 
-    bits: int  # 32 is the float base: all of its weights are tuned, and the rest says nothing
+    bits: int  # 32 is the float base: it is tuned whole, whatever calibration and method
     calibration: str
     method: str = ONE_SET
     steps: int = STEPS

@@ -416,6 +416,7 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
         "needs --prompt": ["--model", "x", "--subject", "x"],
         "belong together": [*trains, "--class-prompt", "x"],
         "--sample draws, so it can't heed --bits and --resume": [*draws, "--resume", "--bits", 3],
+        "--sample draws, so it can't heed --no-checkpoint": [*draws, "--no-checkpoint"],
         "--subject trains, so it can't heed --n": [*trains, "--n", 3],
         "needs --class-images": [*flags(world)[:8], "--calibration", "gptq"],
         "from 2 to 8": ["--model", "x", "--bits", 9],
