@@ -30,7 +30,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)                           # it starts as skip, and a bias
+        nn.init.zeros_(self.conv2.weight)                           # starts as skip, plus a bias
 
     def forward(self, x, emb):                                      # (N, c_in, H, W), (N, c_emb)
         h = self.conv1(F.silu(self.norm1(x)))                       # (N, c_out, H, W)

@@ -27,9 +27,8 @@ scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
     dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
 The last two are this simple because exp is its own derivative. y[o] - bias[o] is exp(d_out[o])
-times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y
-depends on d_in[i] only through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is
-dL/dx[i] * x[i].
+times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y depends
+on d_in[i] only through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
 
 So no gradient of a weight is ever computed. For backward a layer keeps x (if d_in trains), y (if
 d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward

@@ -535,8 +535,9 @@ def claim(folder):
 
 def describe(args) -> dict[str, str]:
     """The flags that a run must share with the one that it resumes, torchrun's among them."""
-    # what doesn't change the training; n and guidance are flags of examples/stable_diffusion.py
-    free = ("resume", "out", "device", "compile", "checkpoint", "sample_steps", "n", "guidance")
+    # what doesn't change the training
+    free = ["resume", "out", "device", "compile", "checkpoint", "sample_steps"]
+    free += ["no_checkpoint", "n", "guidance"]  # flags of examples/stable_diffusion.py
     flags = {key: str(value) for key, value in vars(args).items() if key not in free}
     return {**flags, "nproc_per_node": str(WORLD_SIZE)}
 

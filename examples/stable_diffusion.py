@@ -102,8 +102,7 @@ def arguments():
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument(
         "--no-checkpoint",
-        dest="checkpoint",
-        action="store_false",
+        action="store_true",
         help="keep all activations for backward: quicker steps, more memory",
     )
 
@@ -137,12 +136,12 @@ def arguments():
 def refuse_flags_of_the_other(parser, args):
     """End with a sentence if flags of sampling are given to train, or of training to draw."""
     data = ("prompt", "class_images", "class_prompt")
-    training = ("bits", "buckets", "calibration", "steps", "lr", "batch", "prior", "resume")
+    quantizer = ("bits", "buckets", "calibration")
+    training = ("steps", "lr", "batch", "prior", "resume", "no_checkpoint")
     sampling = ("n", "sample_steps", "guidance")
-    given = parser.given(None, sampling if args.subject else (*data, *training, "checkpoint"))
+    given = parser.given(None, sampling if args.subject else (*data, *quantizer, *training))
     if given:
         flags = " and ".join("--" + name.replace("_", "-") for name in given)
-        flags = flags.replace("--checkpoint", "--no-checkpoint")
         task = "--subject trains" if args.subject else "--sample draws"
         parser.error(f"{task}, so it can't heed {flags}; leave that out")
 
@@ -420,7 +419,7 @@ def train(args):
         inputs["class-images"] = checksum_of(args.class_images)
     state = load_state(args, "Stable Diffusion state", inputs) if args.resume else None
     unet = build(base, args.buckets).to(args.device)
-    if args.checkpoint:
+    if not args.no_checkpoint:
         checkpoint_blocks(unet)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
