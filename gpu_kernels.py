@@ -5,7 +5,8 @@ quant.py is the reference. Its plain code says what is computed, and hands over 
 tests/test_kernels.py compares the two.
 
 The plain code launches about ten small kernels to build W, and reads and writes memory in each.
-Here each job is one launch or two, and intermediate values stay in registers as float32:
+Here each job is one launch, or two for long sums, and intermediate values stay in registers as
+float32:
 
     dequantize        W from packed codes, scales and deltas (the trained changes of the scales)
     gradient_of       the sum over samples and positions that is the gradient of the deltas
@@ -14,7 +15,8 @@ Here each job is one launch or two, and intermediate values stay in registers as
 A kernel is one small program that runs many times, side by side, on blocks of the data. If a block
 reaches beyond the edge, a mask skips the places outside. Activations are seen as (N, P, C):
 samples, positions (pixels or tokens), channels. Terms are added in the same order each time, so
-that the same seed gives the same bytes. The slots 0 to B - 1 number the B buckets in a batch.
+that the same seed gives the same bytes. The B buckets in a batch have the slots 0 to B - 1, and the
+kernels know only these.
 """
 
 import warnings
@@ -27,7 +29,7 @@ from torch import Tensor
 
 WEIGHTS = 512  # weights that a program builds
 CHANNELS = 64  # channels that a program takes
-POSITIONS = 64  # positions that a program takes at once
+POSITIONS = 64  # positions that a program takes at once; for sums, of all samples
 PROGRAMS = 512  # about as many programs as fill a GPU
 
 
@@ -37,9 +39,9 @@ def usable(x: Tensor) -> bool:
         not torch.compiler.is_compiling()  # torch.compile fuses the plain code
         and x.is_cuda
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and 0 < x.numel() < 2**31  # places are counted in 32 bits
+        and 0 < x.numel() < 2**31  # places are counted in 32 bits; no layer has more weights
         and x.get_device() == torch.cuda.current_device()  # where Triton launches
-        and not torch.is_grad_enabled()  # autograd can't look into a kernel
+        and not torch.is_grad_enabled()  # autograd can't look into a kernel: quant.py can
         and triton_works(x.device)
     )
 
@@ -50,6 +52,8 @@ def triton_works(device: torch.device) -> bool:
     try:
         x = torch.zeros(1, 1, device=device)
         scale_samples(x, x, torch.zeros(1, dtype=torch.long, device=device), channel_dim=-1)
+    except torch.OutOfMemoryError:  # says nothing of Triton
+        raise
     except Exception as error:
         message = f"Triton fails here, so quantized layers are slower: {error}"
         warnings.warn(message, stacklevel=2)
@@ -63,7 +67,7 @@ def triton_works(device: torch.device) -> bool:
 
 
 def dequantize(layer, d_out: Tensor | None, d_in: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """QuantLayer.dequantize: the float weight (O, I, *kernel) for the deltas of a bucket."""
+    """QuantLayer.dequantize: the float weight (G * O, I, *kernel) for the deltas of a bucket."""
     rows = layer.shape[0]  # of all groups
     columns = layer.shape[1]  # of a group
     kernel = layer.shape[2:]
@@ -127,16 +131,17 @@ def dequantize_kernel(
 def unpack(codes, place, inside, count, N_BITS: tl.constexpr):
     """The codes at these places. count: how many codes quant.py's pack has packed in all.
 
-    N_BITS is split into pieces of 8, 4, 2 and 1 bits (3 = 2 + 1), which are stored one after
-    another. In a piece of `length` bytes, code c is in byte c % length, from bit c // length *
-    width on. So neighbors read neighboring bytes.
+    The bits of a code are cut into pieces of 8, 4, 2 or 1 bits (3 = 2 + 1), from the lowest bit on.
+    Memory has one section for each piece, with that piece of all codes. In a section of `length`
+    bytes, code c is in byte c % length, from bit c // length * width on. So neighboring codes are
+    read from neighboring bytes.
     """
     bytes_per_bit = (count + 7) // 8
     q = tl.zeros(place.shape, tl.int32)
     for halvings in tl.static_range(4):
-        width = 8 >> halvings
+        width = 8 >> halvings  # 8, 4, 2, 1
         if N_BITS & width:
-            shift = N_BITS // (2 * width) * (2 * width)  # the bits of the pieces before
+            shift = N_BITS // (2 * width) * (2 * width)  # the bits in earlier sections
             start = bytes_per_bit * shift
             length = bytes_per_bit * width
             byte = tl.load(codes + start + place % length, mask=inside, other=0).to(tl.int32)
@@ -167,15 +172,16 @@ def gradient_of(
     b = samples_positions_channels(b, channel_dim)
     N, P, C = a.shape
 
-    # enough programs to fill a GPU: each sums a part of the rows, of which there are N * P
+    # There are N * P rows: one for each position of each sample. They are cut into parts, so many
+    # that the programs fill a GPU, and so that a part is a number of whole blocks.
     block = POSITIONS if N * P > 16 else 16
     blocks = triton.cdiv(N * P, block)
     channel_blocks = triton.cdiv(C, CHANNELS)
     parts = min(blocks, max(1, PROGRAMS // (channel_blocks * num_slots)))
     rows_per_part = triton.cdiv(blocks, parts) * block
-    parts = triton.cdiv(N * P, rows_per_part)
+    parts = triton.cdiv(N * P, rows_per_part)  # without those that would be empty
 
-    sums = torch.empty(parts, num_slots, C, device=a.device)
+    sums = torch.empty(parts, num_slots, C, dtype=torch.float32, device=a.device)
     gradient_kernel[channel_blocks, num_slots, parts](
         a,
         b,
@@ -215,9 +221,9 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """a * (b - bias) for CHANNELS channels of one bucket, summed over one part of the rows."""
+    """a * (b - bias) for CHANNELS channels of one slot, summed over one part of the rows."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    bucket = tl.program_id(1)
+    slot_here = tl.program_id(1)
     part = tl.program_id(2)
     start = part * rows_per_part
     end = min(start + rows_per_part, rows)
@@ -229,9 +235,9 @@ def gradient_kernel(
         row = first + tl.arange(0, ROWS)
         n = row // P
         p = row % P
-        mine = row < rows
+        mine = row < rows  # a part ends with a block, or with the rows
         if slot is not None:
-            mine &= tl.load(slot + n, mask=mine, other=-1) == bucket
+            mine &= tl.load(slot + n, mask=mine, other=-1) == slot_here
         mask = mine[:, None] & (c < C)[None, :]
         a_places = (n * a_n + p * a_p)[:, None] + (c * a_c)[None, :]
         b_places = (n * b_n + p * b_p)[:, None] + (c * b_c)[None, :]
@@ -241,7 +247,7 @@ def gradient_kernel(
             y -= shift[None, :]
         total += x * y
 
-    place = (part * tl.num_programs(1) + bucket) * C + c
+    place = (part * tl.num_programs(1) + slot_here) * C + c
     tl.store(sums + place, tl.sum(total, 0), mask=c < C)
 
 
@@ -262,16 +268,18 @@ def samples_positions_channels(x: Tensor, channel_dim: int) -> Tensor:
 
 def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tensor:
     """QuantLayer.scale_samples: x times exp(d) of each sample's bucket."""
-    last = x.movedim(channel_dim, -1)  # (N, ..., C)
+    shape = x.movedim(channel_dim, -1).shape  # (N, ..., C)
     x = samples_positions_channels(x, channel_dim)
     y = torch.empty_like(x)
     N, P, C = x.shape
     block = POSITIONS if P > 1 else 1
-    scale_samples_kernel[N, triton.cdiv(P, block), triton.cdiv(C, CHANNELS)](
+    blocks = triton.cdiv(P, block)
+    scale_samples_kernel[N * blocks, triton.cdiv(C, CHANNELS)](
         x,
         d,
         slot,
         y,
+        blocks,
         P,
         C,
         *x.stride(),
@@ -279,7 +287,7 @@ def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tenso
         block,
         CHANNELS,
     )
-    return y.view(last.shape).movedim(-1, channel_dim)
+    return y.view(shape).movedim(-1, channel_dim)
 
 
 @triton.jit
@@ -288,6 +296,7 @@ def scale_samples_kernel(
     d,  # (slots, C)
     slot,  # (N,)
     y,  # (N, P, C), to be written
+    blocks,  # of a sample: CUDA allows many programs in the first dimension only
     P,
     C,
     x_n,  # the strides of x
@@ -300,13 +309,12 @@ def scale_samples_kernel(
     CHANNELS: tl.constexpr,
 ):
     """y = exp(d) * x, for POSITIONS positions and CHANNELS channels of one sample."""
-    n = tl.program_id(0)
-    p = tl.program_id(1) * POSITIONS + tl.arange(0, POSITIONS)
-    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.program_id(0) // blocks
+    p = tl.program_id(0) % blocks * POSITIONS + tl.arange(0, POSITIONS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = (p < P)[:, None] & (c < C)[None, :]
 
-    bucket = tl.load(slot + n)
-    factor = tl.exp(tl.load(d + bucket * C + c, mask=c < C, other=0).to(tl.float32))
+    factor = tl.exp(tl.load(d + tl.load(slot + n) * C + c, mask=c < C, other=0).to(tl.float32))
     x_places = n * x_n + (p * x_p)[:, None] + (c * x_c)[None, :]
     value = tl.load(x + x_places, mask=mask).to(tl.float32) * factor[None, :]
     y_places = n * y_n + (p * y_p)[:, None] + (c * y_c)[None, :]

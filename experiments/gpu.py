@@ -3,12 +3,13 @@
 First the tests of both. Then training steps and sampling steps: full fine-tuning and TuneQDM, by
 quant.py's plain code or by gpu_kernels.py, each launch on its own or in CUDA graphs. Each time is
 printed when it is known, and all of them once more in a table at the end. What fails is reported
-and passed over, and what --seconds don't suffice for is left out.
+and skipped, and what doesn't start within --seconds is left out.
 """
 
 import contextlib
 import copy
 import gc
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -19,27 +20,19 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "experiments"))
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 import quant
-from bench import SIZES, STABLE_DIFFUSION, clock, ours
+from bench import SIZES, STABLE_DIFFUSION, Size, clock, ours
 from graphs import graphed
 from model import UNet
 from runtime import Parser, guard
 
 START = time.perf_counter()
 WARM_UP = 4  # calls: a plain one, one that is recorded, two replays
-
-
-class Size(NamedTuple):
-    """A UNet, and images for it."""
-
-    config: dict
-    side: int
 
 
 LARGE = Size(STABLE_DIFFUSION, side=64)
@@ -55,11 +48,11 @@ class Variant(NamedTuple):
     has_graphs: bool = False
 
 
-EAGER = Variant("full")  # the two that others are compared with
-GRAPHED = Variant("full, graphs", has_graphs=True)
-VARIANTS = [
-    EAGER,
-    GRAPHED,
+FULL = Variant("full")  # the two that others are compared with
+FULL_GRAPHS = Variant("full, graphs", has_graphs=True)
+VARIANTS = [  # the most important first: time may run out
+    FULL,
+    FULL_GRAPHS,
     Variant("N = 1, kernels, graphs", 1, has_kernels=True, has_graphs=True),
     Variant("N = 2, kernels, graphs", 2, has_kernels=True, has_graphs=True),
     Variant("N = 1, kernels", 1, has_kernels=True),
@@ -72,12 +65,12 @@ VARIANTS = [
 
 
 class Result(NamedTuple):
-    """What was measured."""
+    """The median time and the memory of one variant."""
 
-    what: str
+    what: str  # model, batch and dtype
     variant: Variant
     seconds: float
-    bytes: int  # that PyTorch takes from the GPU for it
+    reserved_bytes: int  # that PyTorch takes from the GPU for it
 
 
 RESULTS = []
@@ -100,24 +93,17 @@ def seconds_left(args):
 def check(args):
     """Run tests/test_kernels.py in processes side by side, if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    if importable("xdist"):
+    command += ["-o", "addopts="]  # without pytest.ini's, which need pytest-xdist
+    if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
     command.append(str(ROOT / "tests" / "test_kernels.py"))
+    seconds = min(args.test_seconds, max(1, seconds_left(args)))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.test_seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         say("tests:", done.stdout[-3500:], done.stderr[-500:])
     except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
+        output = error.stdout or b""  # bytes, in spite of text=True
         say("tests took too long:", output[-1000:].decode(errors="replace"))
-
-
-def importable(name):
-    """True if there is a module of this name."""
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,14 +171,25 @@ def sample(net, batch):
 
 @contextlib.contextmanager
 def code_of(variant):
-    """Quantized layers run quant.py's plain code, or gpu_kernels.py if the variant says so."""
+    """Quantized layers run quant.py's plain code, or gpu_kernels.py if the variant says so.
+
+    Raises RuntimeError if they should run gpu_kernels.py on a GPU, and can't.
+    """
     kernels = quant.kernels
     if not variant.has_kernels:
         quant.kernels = None
+    elif torch.cuda.is_available() and not kernels_work():
+        raise RuntimeError("Triton doesn't work here")
     try:
         yield
     finally:
         quant.kernels = kernels
+
+
+@torch.no_grad()
+def kernels_work():
+    """True if quantized layers on the GPU take the kernels."""
+    return quant.has_kernels_for(torch.ones(1, device="cuda"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +214,7 @@ def training(what, base, batch, is_bf16, args):
 
 
 def sampling(what, base, batch, args):
-    """Measure a sampling step by every variant with one bucket; quantized models stay packed."""
+    """Measure a sampling step, of float models and of packed ones with one bucket."""
     for variant in VARIANTS:
         if variant.num_buckets > 1:
             continue
@@ -237,16 +234,15 @@ def measure(what, variant, prepare, args):
         say(label, "left out: no time")
         return
     before = reserved()
-    run = None
     try:
         with code_of(variant):
             run = prepare()
             for _ in range(WARM_UP):
                 run()
-            taken = peak_of(run) - before
+            reserved_bytes = peak_of(run) - before
             seconds = statistics.median(clock(run, args.device) for _ in range(args.rounds))
-        RESULTS.append(Result(what, variant, seconds, taken))
-        say(label, f"{1e3 * seconds:8.2f} ms {taken / 1e9:6.2f} GB")
+        RESULTS.append(Result(what, variant, seconds, reserved_bytes))
+        say(label, f"{1e3 * seconds:8.2f} ms {reserved_bytes / 1e9:6.2f} GB")
     except Exception as error:
         message = " ".join(str(error).split())
         say(label, "FAILED:", type(error).__name__, message[:600])
@@ -265,7 +261,7 @@ def reserved():
 def peak_of(run):
     """The most bytes that are reserved while run() runs.
 
-    Not those that are allocated: what a CUDA graph reads and writes in between isn't among them.
+    Reserved, not allocated: what a CUDA graph keeps in between doesn't count as allocated.
     """
     if not torch.cuda.is_available():
         return 0
@@ -278,14 +274,15 @@ def peak_of(run):
 
 def show():
     """The table of all results. Ratios are to full fine-tuning, or to the float model."""
-    seconds = {(result.what, result.variant): result.seconds for result in RESULTS}
+    seconds_of = {(result.what, result.variant): result.seconds for result in RESULTS}
     print("\n| what | variant | ms | of full | of full, graphs | GB |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for what, variant, took, taken in RESULTS:
-        of_eager = took / seconds.get((what, EAGER), float("nan"))
-        of_graphed = took / seconds.get((what, GRAPHED), float("nan"))
-        ratios = f"{of_eager:.2f} | {of_graphed:.2f}"
-        print(f"| {what} | {variant.name} | {1e3 * took:.2f} | {ratios} | {taken / 1e9:.2f} |")
+    for what, variant, seconds, reserved_bytes in RESULTS:
+        of_full = seconds / seconds_of.get((what, FULL), float("nan"))
+        of_graphs = seconds / seconds_of.get((what, FULL_GRAPHS), float("nan"))
+        cells = [what, variant.name, f"{1e3 * seconds:.2f}", f"{of_full:.2f}", f"{of_graphs:.2f}"]
+        cells.append(f"{reserved_bytes / 1e9:.2f}")
+        print(f"| {' | '.join(cells)} |")
 
 
 def attempt(part, *rest):
@@ -297,13 +294,13 @@ def attempt(part, *rest):
 
 
 def measure_small(args):
-    size = TINY if args.tiny else Size(*SIZES["30M"])
+    size = TINY if args.tiny else SIZES["30M"]
     base = base_of(size, args.device)
     batch = batch_of(16, size, args.device)
-    attempt(training, "30M, batch 16, float32", base, batch, False, args)
-    attempt(training, "30M, batch 16, bfloat16", base, batch, True, args)
+    training("30M, batch 16, float32", base, batch, is_bf16=False, args=args)
+    training("30M, batch 16, bfloat16", base, batch, is_bf16=True, args=args)
     one = batch_of(1, size, args.device)
-    attempt(sampling, "30M, sampling, batch 1", base, one, args)
+    sampling("30M, sampling, batch 1", base, one, args)
 
 
 def measure_large(args):
@@ -311,7 +308,7 @@ def measure_large(args):
     base = base_of(size, args.device)
     for n in (4, 1):
         batch = batch_of(n, size, args.device)
-        attempt(training, f"860M, batch {n}, bfloat16", base, batch, True, args)
+        training(f"860M, batch {n}, bfloat16", base, batch, is_bf16=True, args=args)
 
 
 PARTS = {"check": check, "small": measure_small, "large": measure_large}
@@ -320,10 +317,14 @@ PARTS = {"check": check, "small": measure_small, "large": measure_large}
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.number("--seconds", float, 1, 1e6, 200, "after which nothing new is started")
+    parser.number("--seconds", float, 1, 1e6, 200, "after which nothing more is measured")
     parser.number("--test-seconds", float, 1, 1e6, 70, "that the tests may take")
     parser.number("--rounds", int, 1, 1000, 7, "steps that are timed")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try this script")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="tiny models, to try this script; on a CPU, without kernels and graphs",
+    )
     parser.device()
     args = parser.parse_args()
 

@@ -17,7 +17,7 @@ import graphs
 import quant
 import runtime
 from calibrate import minmax
-from graphs import Graphed, graphed, told
+from graphs import Graphed, graphed, with_known_buckets
 from model import UNet
 from quant import QuantConv2d, QuantLinear, deltas, find_buckets, quantize, remember
 from runtime import BASE, load_model
@@ -69,6 +69,7 @@ if DEVICE == "cuda":
     ACTIVATIONS.append(((4, 4096, 960), ROWS))
     ACTIVATIONS.append(((4, 320, 64, 64), CHANNELS_LAST))
     ACTIVATIONS.append(((4, 1280, 8, 8), CHANNELS_FIRST))
+    ACTIVATIONS.append(((2, 3, 2048, 2048), CHANNELS_LAST))  # 65,536 blocks a sample
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,33 @@ def test_gradient_of(shape, layout, with_bias, is_mixed, dtype):
     size = exact(a.abs(), b.abs(), None if bias is None else -bias.abs())
     assert got.shape == d.shape and got.dtype == torch.float32
     assert ((got - exact(a, b, bias)).abs() <= 1e-6 * size).all()
+
+
+@needs_triton
+@torch.no_grad()
+def test_gradient_of_adds_in_float32_whatever_the_default_is():
+    torch.manual_seed(0)
+    layer = layer_for(ROWS)
+    a, b = torch.randn(2, 3, 900, layer.shape[0], device=DEVICE)  # enough rows for several parts
+    d = torch.zeros(layer.shape[0], device=DEVICE)
+    wanted = by_kernels(lambda: layer.gradient_of(d, a, b))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = by_kernels(lambda: layer.gradient_of(d, a, b))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, wanted)
+
+
+@needs_triton
+def test_a_full_gpu_says_nothing_of_triton(monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(quant.kernels, "scale_samples", fails)
+    works = quant.kernels.triton_works.__wrapped__  # without the cache
+    with pytest.raises(torch.OutOfMemoryError):
+        works(torch.device(DEVICE))
 
 
 @needs_triton
@@ -319,7 +347,7 @@ def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
         buckets, slot = find_buckets(t, model.quant_config["edges"])
         results = []
         names = list(deltas(model))
-        for net in (model, told(model, buckets, names)):
+        for net in (model, with_known_buckets(model, buckets, names)):
             model.zero_grad()
             with monkeypatch.context() as patch:
                 if net is not model:
