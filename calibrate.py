@@ -32,7 +32,7 @@ from torch import Tensor
 class Grid(NamedTuple):
     """A quantized weight: integers, and the grid that they lie on."""
 
-    codes: Tensor  # (G, O, I, K), whole numbers in 0 .. 2^n_bits - 1
+    codes: Tensor  # (G, O, I, K), whole numbers in 0 .. 2^n_bits - 1, of the dtype of the weight
     zero_point: Tensor  # (G, O, 1, 1), the code of a weight of 0, in the same range
     s_out: Tensor  # (G, O, 1, 1), greater than 0
     s_in: Tensor  # (G, 1, I, 1), greater than 0
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero_point: Tensor, n_bits: int) -> Tensor:
-    """The code of the grid point that is nearest to each weight, in w's shape."""
+    """The code of the grid point that is nearest to each weight, in w's shape and dtype."""
     return ((w / scale).round() + zero_point).clamp(0, 2**n_bits - 1)
 
 
@@ -136,11 +136,10 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
-    It counts as at least a third of the root mean square. A grid includes 0, so even weights that
-    are nearly equal need a wide one if they are far from 0. Their tiny deviation alone would be
-    the smallest, to which all others are brought.
-
-    A row or column of zeros gets the largest deviation, so that it isn't the smallest.
+    All deviations are brought to the smallest, so a row or column that has nearly none must not set
+    it. Weights that are nearly equal, and far from 0, need a wide grid all the same, as it includes
+    0: their deviation counts as at least a third of the root mean square. That of zeros counts as
+    the largest of all.
     """
     std = w.std(dims, keepdim=True, correction=0)
     root_mean_square = w.square().mean(dims, keepdim=True).sqrt()

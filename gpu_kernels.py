@@ -48,14 +48,17 @@ def usable(x: Tensor) -> bool:
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """True if Triton can compile for this GPU. It needs a C compiler and Python's headers."""
+    """True if Triton can compile for this GPU; warns if it can't."""
     try:
         x = torch.zeros(1, 1, device=device)
         scale_samples(x, x, torch.zeros(1, dtype=torch.long, device=device), channel_dim=-1)
     except torch.OutOfMemoryError:  # says nothing of Triton
         raise
     except Exception as error:
-        message = f"Triton fails here, so quantized layers are slower: {error}"
+        message = (
+            "Triton fails here, so quantized layers are slower; it needs a C compiler and Python's "
+            f"headers: {error}"
+        )
         warnings.warn(message, stacklevel=2)
         return False
     return True

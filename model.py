@@ -102,10 +102,12 @@ def call_checkpointed(block, *args, context_fn):
 class UNet(nn.Module):
     """Predicts v (see Diffusion) from a noisy image, its timestep and its caption.
 
-    channels: D at each resolution, the highest first; each next one has half the height and width.
-    attention: the resolutions with attention, 0 is the highest. blocks: stages at each
-    resolution. vocab: words in the vocabulary. slots: words of a caption, L. All of it is in
-    .config, which travels in checkpoints.
+    channels: D at each resolution, the highest first, multiples of 8, and of 32 where there is
+    attention; each next resolution has half the height and width. attention: the resolutions with
+    attention, 0 is the highest. blocks: stages at each resolution. c_emb: size of the embedding of
+    timestep and caption. c_words: size of the embedding of a word. vocab: words in the vocabulary;
+    word 0 stands for an empty slot. slots: words of a caption, L. c_image: channels of an image, C.
+    All of it is in .config, which travels in checkpoints.
     """
 
     def __init__(

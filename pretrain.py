@@ -17,7 +17,6 @@ import torch
 from data import toy
 from data.score import matches, score
 from model import Diffusion, UNet
-from quant import equal_edges
 from runtime import (
     RANK,
     WORLD_SIZE,
@@ -104,7 +103,7 @@ def pretrain(args):
 
     net = parallel(model, args)
     trained = [*model.parameters(), *ema.parameters()]
-    loop = Loop("pretraining", args, first, equal_edges(4, diffusion.T), trained, save_state)
+    loop = Loop("pretraining", args, first, diffusion.T, trained, save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)

@@ -31,8 +31,8 @@ times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y dep
 on d_in[i] only through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
 
 So no gradient of a weight is ever computed. For backward a layer keeps x (if d_in trains), y (if
-d_out trains) and its packed integers. The float W lives for one matmul at a time, and backward
-builds it again.
+d_out trains; W x, if y has a bias in half precision) and its packed integers. The float W lives for
+one matmul at a time, and backward builds it again.
 
 If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the scales
 of the base (s_out and s_in without deltas), and the exp(d_in) and exp(d_out) of each sample's
@@ -63,7 +63,7 @@ from calibrate import CALIBRATIONS, count_calls, gptq, inputs_of, moments, pixel
 
 try:
     import gpu_kernels as kernels  # on a GPU they do a layer's work in fewer launches
-except ImportError:  # without Triton
+except ImportError:  # no Triton, or the file isn't beside this one
     kernels = None
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ PIECES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
 def pack(codes: Tensor, n_bits: int) -> Tensor:
     """Put codes (uint8, any shape, each below 2^n_bits) into n_bits bytes for every 8 of them.
 
-    Returns uint8, one-dimensional.
+    n_bits: 2 to 8. Returns uint8, one-dimensional.
     """
     flat = F.pad(codes.flatten(), (0, -codes.numel() % 8))  # a multiple of 8
     packed = []
@@ -527,6 +527,7 @@ class QuantLayer(nn.Module):
     def gradient_of(self, d: Tensor, a: Tensor, b: Tensor, bias=None, slot=None) -> Tensor:
         """dL/dd: a * (b - bias), summed over all samples and positions that share a delta.
 
+        The plain code sums a * b and a, which takes one pass less than to subtract first.
         a, b: (N, ...), with C channels. bias: (C,). d: (C,), if all samples share a bucket; else
         (B, C), with slot (N,).
         """
@@ -662,7 +663,7 @@ def quantize(
     num_buckets: int = 1,
     T: float = 1000,
     scales: str = "out+in",
-    calibration: str = "rowcol",
+    calibration: str | None = None,
     timestep: str = "t",
     keep8: Sequence[str] | None = None,
     keep_float: Sequence[str] = (),
@@ -674,13 +675,15 @@ def quantize(
     Returns model itself. model.quant_config holds the arguments, with edges for num_buckets and T.
 
     n_bits: 2 to 8.
-    num_buckets: how many scale sets there are over the timesteps 0 .. T.
+    num_buckets: how many scale sets there are over the timesteps 0 .. T. T must be that of the
+        model: if its times reach from 0 to 1 and T is 1000, all of them are in the first bucket.
     scales: what is trained, "out" (rows alone, PEQA) or "out+in".
-    calibration: "minmax", "mse", "rowcol", or "gptq", which needs data; see calibrate.py.
+    calibration: "minmax", "mse", "rowcol", or "gptq", which needs data; see calibrate.py. By
+        default gptq if there are data, else rowcol.
     timestep: the name of the argument of model.forward that holds the timesteps, (N,) or one for
         all samples. A model with one bucket doesn't need it.
     keep8: patterns of names of layers to keep at 8 bits, such as "down.*"; by default the first and
-        the last Conv2d.
+        the last Conv2d, in the order of model.named_modules().
     keep_float: patterns of names of layers to leave as they are.
     edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
         ignored.
@@ -691,12 +694,14 @@ def quantize(
 
     Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
     no module, for a model that is quantized already or has nothing to quantize, for data that don't
-    suit gptq, and for each layer that can't be quantized, with its name and the reason (see
+    suit gptq, and for any layer that can't be quantized, with its name and the reason (see
     why_not). Leave that one out by keep_float.
     """
     if edges is None:
         check_buckets(num_buckets, T)
         edges = equal_edges(num_buckets, T)
+    if calibration is None:
+        calibration = "rowcol" if data is None else "gptq"
     check_arguments(model, n_bits, edges, scales, calibration, timestep)
     num_buckets = len(edges) - 1
     keep_float = as_patterns(model, "keep_float", keep_float)
@@ -795,7 +800,13 @@ def make_one(model, layers, made, build, layer, count, data) -> nn.Module:
                 f"layer '{name}' sees inputs that aren't finite, or too large to be squared; "
                 "correct data or model"
             )
-        return build(layer, partial(gptq, seen=seen))
+        try:
+            return build(layer, partial(gptq, seen=seen))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"layer '{name}' sees inputs that are too much alike for gptq; "
+                "give more data, or name it in keep_float"
+            ) from error
 
 
 def as_batches(data) -> list:
@@ -1056,9 +1067,10 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
     """The parameters that were trained, ready for torch.save: kilobytes, if they are deltas.
 
     It holds quant_config, the fingerprint of the quantized base, and all deltas of the model,
-    concatenated, as float16. also: names of other parameters that were trained and go with
-    them, as they are. Raises ValueError if also has other names, or if a number isn't finite (a
-    delta: in float16).
+    concatenated, as float16. The model itself keeps its float32 deltas, so it differs a little from
+    one that loads the adapter. also: names of other parameters that were trained and go with them,
+    as they are. Raises ValueError if also has other names, or if a number isn't finite (a delta: in
+    float16).
     """
     config = config_of(model)
     values = [delta.detach() for delta in deltas(model).values()]
@@ -1066,11 +1078,9 @@ def adapter(model: nn.Module, also: Iterable[str] = ()) -> dict:
     others = {}
     for name, parameter in named_by(also, model).items():
         others[name] = parameter.detach().cpu().clone()
-    for trained in (values, *others.values()):
+    for name, trained in {"a delta": values, **others}.items():
         if not trained.isfinite().all():
-            raise ValueError(
-                "a trained number isn't finite: the training has diverged, lower its rate"
-            )
+            raise ValueError(f"{name} isn't finite: the training has diverged, lower its rate")
     return {
         "quant_config": config,
         "fingerprint": fingerprint(model, others),
@@ -1083,7 +1093,8 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
     """Put the deltas of an adapter into model, and what else was trained.
 
     Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
-    as it was.
+    as it was. A base has to be the same bit by bit: load the adapter before model.half() or the
+    like, and into the saved base rather than one that another processor has quantized.
     """
     check_adapter(model, saved)
     mine = deltas(model).values()
@@ -1117,8 +1128,8 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
             raise ValueError(f"{other}, of {key} {theirs} instead of {reprlib.repr(value)}; {give}")
     if not same_base:
         raise ValueError(
-            f"{other}, of other weights (an adapter with more than deltas changes them) "
-            f"or another dtype; {give}"
+            f"{other}, of another dtype or other weights (an adapter with more than deltas changes "
+            f"them, and quantizing on another processor rounds otherwise); {give}"
         )
 
     count = sum(delta.numel() for delta in deltas(model).values())
@@ -1154,7 +1165,8 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
         raise ValueError(f"'{inner[0]}' is a quantized model inside of this one; merge it first")
     num_buckets = len(config_of(model)["edges"]) - 1
     if not 0 <= bucket_index < num_buckets:
-        raise IndexError(f"there is no bucket {bucket_index}: the model has {num_buckets}")
+        last = num_buckets - 1
+        raise IndexError(f"there is no bucket {bucket_index}: the model has 0 to {last}")
     model = copy.deepcopy(model)
     plain_of = {}  # a layer used in two places stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import UNet
-from quant import QuantLayer, bucket, deltas, quantize
+from quant import QuantLayer, bucket, deltas, equal_edges, quantize
 
 try:
     import fcntl  # file locks
@@ -686,18 +686,18 @@ class Loop:
 
     It shows a progress bar. It calls save_state(step) every SAVE_EVERY steps, after the last step,
     and on a stop signal (Ctrl-C, SIGTERM, SIGHUP), which lets the current step end and then ends
-    the script. edges: the timestep buckets that the loss is shown for. trained: the parameters,
-    which must be finite to be saved.
+    the script. T: of the timesteps, for each quarter of which the loss is shown. trained: the
+    parameters, which must be finite to be saved.
     """
 
-    def __init__(self, title, args, first, edges, trained, save_state):
+    def __init__(self, title, args, first, T, trained, save_state):
         self.args = args
-        self.edges = edges
+        self.quarters = equal_edges(4, T)
         self.trained = list(trained)
         self.save_state = save_state
         self.step = first
         self.last_saved = first
-        self.means = {}  # a running mean of the loss of each bucket
+        self.means = {}  # a running mean of the loss of each quarter
         self.stopped_by = None  # the number of a stop signal
         steps = range(first, args.steps)
         self.bar = tqdm(steps, title, initial=first, total=args.steps, disable=RANK > 0)
@@ -750,7 +750,7 @@ class Loop:
             )
 
     def watch(self, error, t):
-        """Show the running mean of the errors (N,) at timesteps t (N,), for each bucket.
+        """Show the running mean of the errors (N,) at timesteps t (N,), for each quarter.
 
         Raises ValueError if an error isn't finite. Call it before the update: then the parameters
         are still good.
@@ -760,26 +760,25 @@ class Loop:
         finite = error.isfinite()
         if not finite.all():
             self.diverged(t[~finite])
-        b = bucket(t, self.edges)
-        for i in b.unique().tolist():
-            mean = error[b == i].mean().item()
+        quarter = bucket(t, self.quarters)
+        for i in quarter.unique().tolist():
+            mean = error[quarter == i].mean().item()
             old = self.means.get(i, mean)
             self.means[i] = 0.98 * old + 0.02 * mean
         shown = " ".join(f"{self.means[i]:.4f}" for i in sorted(self.means))
-        self.bar.set_postfix_str(f"loss by bucket {shown}", refresh=False)
+        self.bar.set_postfix_str(f"loss by quarter of t {shown}", refresh=False)
 
     def diverged(self, t):
         """Raise ValueError: the loss isn't finite at timesteps t (n,)."""
-        where = bucket(t, self.edges).unique().tolist()
         raise ValueError(
-            f"the loss is no longer finite at step {self.step}, timestep bucket {where}; "
+            f"the loss is no longer finite after {self.step} steps, at t = {t.min()} .. {t.max()}; "
             f"--lr {self.args.lr} is too high, lower it ({self.last_good()})"
         )
 
     def last_good(self):
         """Where the last state from before the divergence is."""
         if self.last_saved == 0:
-            return "no state was saved yet"
+            return "this run has saved no state yet"
         return f"{self.args.out / 'state.pt'} has step {self.last_saved}"
 
 

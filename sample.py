@@ -72,9 +72,10 @@ def sample(
 
     An image depends on its caption, the seed and its place in the batch, and on no other image.
     steps: timesteps visited, out of T. sampler: "ddpm" or "ddim". cfg_scale: the scale of
-    classifier-free guidance; 1 is none. chunk: how many images are drawn at once. packed:
-    keep the weights of a quantized model packed, which takes less memory and more time; else they
-    are merged into float weights, once for each bucket.
+    classifier-free guidance; 1 is none. diffusion: by default Diffusion(). progress: show a bar.
+    chunk: how many images are drawn at once. packed: keep the weights of a quantized model packed,
+    which takes less memory and more time; else they are merged into float weights, once for each
+    bucket. Raises ValueError if an image isn't finite.
     """
     diffusion = diffusion or Diffusion()
     step = SAMPLERS[sampler]

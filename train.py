@@ -19,7 +19,7 @@ from calibrate import CALIBRATIONS
 from data import toy
 from data.score import score
 from model import Diffusion
-from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
+from quant import adapter, deltas, load_adapter, quantize, remember
 from runtime import (
     BASE,
     RANK,
@@ -180,9 +180,7 @@ def finetune(model, args, instance, captions, state=None, inputs=None):
     if args.checkpoint:
         model.checkpoint_blocks(remember)
     net = parallel(model, args)
-    # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
-    shown = equal_edges(args.buckets if args.buckets > 1 else 4, diffusion.T)
-    loop = Loop("fine-tuning", args, first, shown, trained.values(), save_state)
+    loop = Loop("fine-tuning", args, first, diffusion.T, trained.values(), save_state)
     # fmt: off
     for step in loop:
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
@@ -288,15 +286,9 @@ def main():
     # quantize
     header = {"kind": "model", "config": model.config}
     if args.bits < 32:
-        quantize(
-            model,
-            args.bits,
-            args.buckets,
-            Diffusion().T,
-            args.scales,
-            args.calibration,
-            data=calibration_data(args.device),
-        )
+        data = calibration_data(args.device) if args.calibration == "gptq" else None
+        T = Diffusion().T
+        quantize(model, args.bits, args.buckets, T, args.scales, args.calibration, data=data)
         header = {
             "kind": "quantized",
             "config": model.config,

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from calibrate import CALIBRATIONS
 from data.toy import SUFFIXES, files_with, read_rgb
-from quant import adapter, deltas, equal_edges, load_adapter, quantize, remember
+from quant import adapter, deltas, load_adapter, quantize, remember
 from runtime import (
     WORLD_SIZE,
     Loop,
@@ -353,9 +353,7 @@ def tune(unet, noise, data, args, state=None, inputs=None):
         state = state_after(step, args, optimizer, generator, **contents)
         save(state, args.out / "state.pt")
 
-    # the progress bar shows the loss of each bucket; with one bucket, that of four equal intervals
-    shown = equal_edges(args.buckets if args.buckets > 1 else 4, T)
-    loop = Loop("tuning", args, first, shown, trained.values(), save_state)
+    loop = Loop("tuning", args, first, T, trained.values(), save_state)
     # fmt: off
     for step in loop:
         warm_up = min(1, (step + 1) / 20)

@@ -1,4 +1,4 @@
-"""What the tests share: one thread for PyTorch, and a way to run a script without a new process."""
+"""What the tests share: one thread and one seed for PyTorch, and a script without a new process."""
 
 import os
 import sys
@@ -14,6 +14,11 @@ from runtime import guard
 ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)  # for tensors this small, threads cost more than they give
+
+
+def pytest_runtest_setup():
+    """Random tensors don't depend on which tests ran before."""
+    torch.manual_seed(0)
 
 
 def run(script, *args):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_quant import CLOSE, OneLayer, Plain, deltas_beside_references
 
-from calibrate import CALIBRATIONS, minmax, rowcol
+from calibrate import CALIBRATIONS
 from quant import adapter, deltas, load_adapter, merge, pack, quantize, unpack
 
 settings.register_profile("repeatable", max_examples=80, deadline=None, derandomize=True)
@@ -94,13 +94,14 @@ def test_unpack_undoes_pack(n_bits, shape, seed):
     codes = torch.randint(2**n_bits, shape, dtype=torch.uint8, generator=generator)
     packed = pack(codes, n_bits)
     eighths = -(-codes.numel() // 8)  # rounded up
-    assert len(packed) == eighths * n_bits
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (eighths * n_bits,)
     assert torch.equal(unpack(packed, n_bits, shape), codes)
 
 
 @pytest.mark.slow
 @given(layers(), BITS)
-def test_quantized_weights_are_near_and_mse_is_no_worse_than_minmax(made, n_bits):
+def test_minmax_is_within_half_a_step_and_mse_and_rowcol_are_no_worse(made, n_bits):
     layer, x = made
     weight = layer.weight.detach()
     w = weight.flatten(1)
@@ -113,16 +114,17 @@ def test_quantized_weights_are_near_and_mse_is_no_worse_than_minmax(made, n_bits
         errors[name] = (found - w).square().sum(1)
 
         assert (model.layer.s_out > 0).all()
-        assert model.layer.s_in.isfinite().all()
+        assert (model.layer.s_in > 0).all()
 
         if name == "minmax":
             step = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / (2**n_bits - 1)
             assert ((found - w).abs() <= step[:, None] * 0.5001 + 1e-30).all()
     assert (errors["mse"] <= errors["minmax"] * 1.0001).all()
+    assert errors["rowcol"].sum() <= w.square().sum() * 1.0001  # its scales are least squares
 
 
 @given(layers(), BITS, st.integers(1, 5), SCALES, CALIBRATION_NAMES, st.data())
-def test_outputs_and_gradients_equal_dequantization_under_autograd(
+def test_outputs_and_gradients_of_any_layer_equal_dequantization_under_autograd(
     made, n_bits, num_buckets, scales, calibration, data
 ):
     layer, x = made
@@ -193,20 +195,3 @@ def test_training_stays_finite_and_adapters_and_merged_models_carry_it(
         y = model(x, torch.full((len(x),), first_timestep))
         y2 = merge(model, b)(x, None)
         torch.testing.assert_close(y2, y, rtol=1e-4, atol=1e-5 * y.abs().max().item())
-
-
-@pytest.mark.parametrize("n_bits", [2, 4])
-@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3, 0.1])
-@pytest.mark.parametrize("size", [0.05, 0.5, 5])
-def test_a_column_of_nearly_equal_weights_does_not_ruin_the_others(size, spread, n_bits):
-    torch.manual_seed(0)
-    w = torch.randn(1, 64, 64, 1)
-    w[:, :, 0] = size * (1 + spread * torch.randn(64, 1))
-    error = (rowcol(w, n_bits).weight() - w).square().mean()
-    assert error < 1.1 * (minmax(w, n_bits).weight() - w).square().mean()
-
-
-def test_weights_near_the_smallest_number_have_a_grid():
-    grid = minmax(torch.tensor([[[[0.0], [1e-44]]]]), 8)
-    assert (grid.s_out > 0).all()
-    assert grid.codes.isfinite().all()
