@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if it is installed, reads it when imported
 
+from quant import deltas
 from runtime import guard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,3 +33,12 @@ def run(script, *args):
         return end.code
     finally:
         sys.argv = before
+
+
+@torch.no_grad()
+def spread(model):
+    """model with deltas that are no longer zero, the same each time, so that the buckets differ."""
+    generator = torch.Generator().manual_seed(1)
+    for delta in deltas(model).values():
+        delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
+    return model

@@ -1,6 +1,5 @@
-"""Activations of few bits: factors change nothing, and each sample is rounded to its own grid."""
+"""Activations of few bits: factors change nothing, and each interval is rounded to its own grid."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from activations import (
     round_inputs,
     shortcuts,
 )
+from calibrate import mse
 from data import toy
 from model import UNet
 from quant import QuantLayer, quantize
@@ -65,22 +65,12 @@ def test_a_range_is_fitted_to_all_channels_alike(monkeypatch):
         assert step == pytest.approx(1 / 255)
 
 
-@pytest.mark.parametrize("n_bits", [2, 4, 8])
-def test_a_range_is_the_best_of_all_shrunk_ones(n_bits):
-    x = torch.randn(700, generator=torch.Generator().manual_seed(n_bits)).double() ** 3 + 1
-    step, zero_point = fit_range(x.view(7, 100), n_bits)
-
-    values = x.numpy()
-    errors = {}
-    for percent in range(80):
-        low, high = (np.array([values.min(), values.max()]) * (1 - percent / 100)).tolist()
-        s = (high - low) / (2**n_bits - 1)
-        z = np.round(-low / s)
-        rounded = (np.clip(np.round(values / s) + z, 0, 2**n_bits - 1) - z) * s
-        errors[s, z] = ((rounded - values) ** 2).sum()
-    s, z = min(errors, key=errors.get)
-    assert step.item() == pytest.approx(s, rel=1e-9)
-    assert zero_point.item() == z
+def test_a_range_is_that_of_mse():
+    x = torch.randn(7, 100, dtype=torch.float64) ** 3 + 1
+    step, zero_point = fit_range(x, 4)
+    grid = mse(x.view(1, 1, 700, 1), 4)
+    assert step == grid.s_out.item()
+    assert zero_point == grid.zero_point.item()
 
 
 def test_each_interval_and_each_part_has_its_own_grid():
@@ -166,7 +156,7 @@ def test_more_bits_are_nearer_to_floats(quantized, ranges, monkeypatch):
     for bits in (2, 8):
         rounded = outputs(round_inputs(quantized, bits, ranges, data), data)
         errors.append((rounded - exact).square().mean().item())
-    assert errors[0] > 2 * errors[1] > 0
+    assert errors[0] > 100 * errors[1] > 0
 
 
 def test_the_clock_reads_the_timesteps_of_the_call(quantized):
@@ -183,7 +173,7 @@ def test_the_clock_reads_the_timesteps_of_the_call(quantized):
 def test_layers_of_8_bits_get_inputs_of_8_bits(quantized, monkeypatch):
     widths = []
     monkeypatch.setattr(Rounding, "fit", lambda self, *_: widths.append(self.n_bits))
-    round_inputs(quantized, 4, WAYS[0], calibration_data(n=2))
-    expected = [m.n_bits for m in quantized.modules() if isinstance(m, QuantLayer)]
-    assert widths == expected
+    round_inputs(quantized, 6, WAYS[0], calibration_data(n=2))  # the weights have 4 bits
+    layers = [m for m in quantized.modules() if isinstance(m, QuantLayer)]
+    assert widths == [8 if layer.n_bits == 8 else 6 for layer in layers]
     assert widths.count(8) == 2

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import quant
 from calibrate import (
+    CALIBRATIONS,
     DAMPING,
     Moments,
     compensate,
@@ -49,13 +50,14 @@ def compensate_slowly(w, s_out, zero_point, x, n_bits):
 
     w (O, J), x (n, J).
     """
+    grid = (torch.arange(2**n_bits) - zero_point.view(-1, 1)) * s_out.view(-1, 1)  # (O, codes)
     order = x.square().sum(0).argsort(descending=True)
     x = with_damping(x)
     y = x @ w.T  # what the float weights give
     weights = w.clone()
     codes = torch.zeros_like(w)
     for count, j in enumerate(order.tolist(), 1):
-        codes[:, j] = nearest_codes(weights[:, j], s_out.flatten(), zero_point.flatten(), n_bits)
+        codes[:, j] = (weights[:, j, None] - grid).abs().argmin(1)
         weights[:, j] = (codes[:, j] - zero_point.flatten()) * s_out.flatten()
         rounded = order[:count]
         rest = order[count:]
@@ -65,7 +67,7 @@ def compensate_slowly(w, s_out, zero_point, x, n_bits):
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("n", [1, 5, 200])  # of 12 inputs: h is singular at first
+@pytest.mark.parametrize("n", [1, 5, 200])  # samples of 12 inputs; of 1 or 5, h is singular
 def test_compensation_equals_least_squares_after_each_rounding(n_bits, n):
     x = correlated(n, 12)
     generator = torch.Generator().manual_seed(1)
@@ -84,14 +86,14 @@ def test_matched_weights_equal_least_squares(n):
     w = torch.randn(7, 12, dtype=torch.float64)
     found = match_outputs(w, x.T @ x, x_float.T @ x)
 
-    # damping asks for w itself on inputs of its size
+    # each row of damping asks for the output of w itself
     rows = with_damping(x)
     targets = torch.cat([x_float, rows[n:]]) @ w.T
     torch.testing.assert_close(found, torch.linalg.lstsq(rows, targets).solution.T)
 
 
 @pytest.mark.parametrize("n_bits", [2, 4])
-def test_gptq_is_both_on_the_grid_of_rowcol(n_bits):
+def test_gptq_matches_outputs_then_compensates_on_the_grid_of_rowcol(n_bits):
     n, i, k = 200, 4, 3
     xs = [correlated(n, i * k, seed) for seed in (0, 1)]  # of two groups
     xs_float = [x + correlated(n, i * k, seed=2) / 10 for x in xs]
@@ -107,6 +109,7 @@ def test_gptq_is_both_on_the_grid_of_rowcol(n_bits):
         s_in = s_in.flatten().repeat_interleave(k)  # (J,)
         codes = compensate_slowly(target / s_in, s_out[0], zero_point[0], xs[g] * s_in, n_bits)
         assert torch.equal(found.codes[g].flatten(1), codes)
+        assert torch.equal(found.zero_point[g], zero_point[0])
         torch.testing.assert_close(found.s_out[g], s_out[0])
         torch.testing.assert_close(found.s_in[g].flatten().repeat_interleave(k), s_in)
 
@@ -212,6 +215,8 @@ class Net(nn.Module):
         return self.last(x)
 
 
+torch.manual_seed(0)
+NET = Net()
 DATA = [(x.float(), torch.arange(20)) for x in correlated(60, 12).split(20)]
 
 
@@ -311,14 +316,19 @@ def test_a_model_in_training_is_calibrated_as_in_evaluation():
     assert torch.equal(*codes)
 
 
-NET = Net()
-
-
 def test_batches_may_be_dicts_and_any_iterable():
     as_dicts = ({"t": t, "x": x} for x, t in DATA)
     one = quantize(copy.deepcopy(NET), calibration="gptq", data=as_dicts)
     other = quantize(copy.deepcopy(NET), calibration="gptq", data=iter(DATA))
     assert torch.equal(one.first.codes, other.first.codes)
+
+
+def test_data_alone_ask_for_gptq():
+    by_name = quantize(copy.deepcopy(NET), calibration="gptq", data=DATA)
+    by_data = quantize(copy.deepcopy(NET), data=DATA)
+    assert torch.equal(by_data.last.codes, by_name.last.codes)
+    assert by_data.quant_config["calibration"] == "gptq"
+    assert quantize(copy.deepcopy(NET)).quant_config["calibration"] == "rowcol"
 
 
 def test_several_buckets_start_from_the_same_integers():
@@ -329,35 +339,6 @@ def test_several_buckets_start_from_the_same_integers():
     assert deltas(four)["last.d_out_0"].grad is not None
     with pytest.raises(RuntimeError, match="timesteps"):
         four.last(DATA[0][0])
-
-
-class Unused(Net):
-    def __init__(self):
-        super().__init__()
-        self.unused = nn.Linear(2, 2)
-
-
-def filled_with(value):
-    return [(torch.full((20, 12), value), None)]
-
-
-class Cached(Net):
-    """Computes its first layer once."""
-
-    cache = None
-
-    def forward(self, x, t=None):
-        if self.cache is None:
-            self.cache = self.first(x)
-        return self.last(self.cache)
-
-
-class Routed(Net):
-    """The second layer sees some of the samples: those for which the first one decides so."""
-
-    def forward(self, x, t=None):
-        x = self.first(x)
-        return self.last(x[x[:, 0] > x[:, 0].round(decimals=1)])
 
 
 class OnlyIterable:
@@ -410,7 +391,7 @@ def test_both_networks_see_the_same_random_numbers_and_the_same_batch():
     data = copy.deepcopy(DATA)
     state = torch.get_rng_state()
     quantize(model, 8, calibration="gptq", data=data)
-    torch.testing.assert_close(model.last.weight, weight, rtol=0, atol=0.01)  # a step of 8 bits
+    torch.testing.assert_close(model.last.weight, weight, rtol=0, atol=0.01)  # a few steps
     torch.testing.assert_close(data, DATA, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -451,6 +432,38 @@ def test_hooks_that_are_always_called_are_called():
     assert count["before"] == count["after"] > 0
 
 
+class Unused(Net):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+def filled_with(value):
+    return [(torch.full((20, 12), value), None)]
+
+
+class Cached(Net):
+    """Computes its first layer once."""
+
+    cache = None
+
+    def forward(self, x, t=None):
+        if self.cache is None:
+            self.cache = self.first(x)
+        return self.last(self.cache)
+
+
+class Routed(Net):
+    """The second layer sees the samples for which the first one decides so.
+
+    Rounded weights decide otherwise for some of them.
+    """
+
+    def forward(self, x, t=None):
+        x = self.first(x)
+        return self.last(x[x[:, 0] > x[:, 0].round(decimals=1)])
+
+
 @pytest.mark.parametrize(
     "make, data, sentence",
     [
@@ -479,15 +492,29 @@ def test_an_error_leaves_the_model_as_it_was(make, data, sentence):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes(dtype):
-    model = copy.deepcopy(NET).to(dtype)
-    data = [(x.to(dtype), t) for x, t in DATA]
-    quantize(model, calibration="gptq", data=data)
-    assert model(*data[0]).isfinite().all()
+def test_inputs_that_cannot_be_solved_for_are_refused_by_the_layers_name(monkeypatch):
+    def fails(h):
+        raise torch.linalg.LinAlgError("the input is not positive-definite")
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fails)
+    model = copy.deepcopy(NET)
+    with pytest.raises(ValueError, match="layer 'first' .*too much alike.*keep_float"):
+        quantize(model, data=DATA)
+    assert type(model.first) is nn.Linear
 
 
-def test_autocast_around_quantize_changes_no_moments():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("calibration", sorted(CALIBRATIONS))
+def test_a_half_precision_layer_gets_the_integers_of_its_float32_copy(dtype, calibration):
+    half = nn.Sequential(nn.Linear(12, 4)).to(dtype)
+    full = copy.deepcopy(half).float()
+    x = DATA[0][0].to(dtype)
+    quantize(half, calibration=calibration, data=[(x,)])
+    quantize(full, calibration=calibration, data=[(x.float(),)])
+    assert torch.equal(half[0].codes, full[0].codes)
+
+
+def test_autocast_around_quantize_changes_no_integers():
     one = nn.Sequential(nn.Linear(12, 4))
     other = copy.deepcopy(one)
     quantize(one, calibration="gptq", data=[DATA[0][:1]])
@@ -502,15 +529,15 @@ def test_autocast_around_quantize_changes_no_moments():
 
 
 def test_the_base_predicts_better_than_with_rowcol():
-    data = calibration_data(n=8)
-    x, t, words = data[0]
+    data = calibration_data(n=16)
+    [(x, t, words)] = calibration_data(n=16, seed=1)  # others than those calibrated on
     float_model = load_model(BASE)
     error = {}
     for calibration in ("rowcol", "gptq"):
         model = quantize(load_model(BASE), 3, calibration=calibration, data=data)
         with torch.no_grad():
             error[calibration] = (model(x, t, words) - float_model(x, t, words)).square().mean()
-    assert error["gptq"] < 0.5 * error["rowcol"]
+    assert error["gptq"] < 0.8 * error["rowcol"]
 
 
 def test_calibration_data_is_the_same_every_time_and_covers_all_timesteps():

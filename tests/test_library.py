@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import spread
+from test_quant import OneLayer
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -38,15 +40,6 @@ class Net(nn.Module):
 
     def forward(self, x, t=0):
         return self.last(F.silu(self.first(x)))
-
-
-def spread(model, seed=0):
-    """The model with deltas that are no longer zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for delta in deltas(model).values():
-            delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
-    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,28 +178,6 @@ def test_a_wrapper_that_names_no_arguments_is_refused_if_timesteps_matter():
     quantize(NamesNothing(Net()))
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleList([model, model])])
-def test_a_model_that_is_not_quantized_has_no_adapter(wrap):
-    saved = adapter(quantize(Net()))
-    model = wrap(Net())
-    for act in (adapter, merge, lambda model: load_adapter(model, saved)):
-        with pytest.raises(ValueError, match="isn't quantized.*call quantize first"):
-            act(model)
-
-
-def test_an_adapter_after_one_with_more_than_deltas_is_told_why():
-    def base():
-        torch.manual_seed(0)
-        return quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 4)
-
-    model, tuned = base(), base()
-    with torch.no_grad():
-        tuned[1].weight.fill_(2)
-    load_adapter(model, adapter(tuned, ["1.weight"]))
-    with pytest.raises(ValueError, match="an adapter with more than deltas changes them"):
-        load_adapter(model, adapter(base()))
-
-
 def test_a_transformer_layer_that_bypasses_its_layers_is_refused():
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, batch_first=True))
     with pytest.raises(ValueError, match="TransformerEncoderLayer"):
@@ -232,7 +203,7 @@ def test_an_error_in_calibration_leaves_the_model_as_it_was(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Patterns
+# Arguments
 
 
 def test_a_pattern_may_be_a_string():
@@ -278,6 +249,12 @@ def test_a_number_of_buckets_out_of_range_says_the_range(num_buckets, T, sentenc
         quantize(nn.Sequential(nn.Linear(4, 4)), 4, num_buckets, T)
 
 
+@pytest.mark.parametrize("T", [0, -1, float("nan"), float("inf")])
+def test_a_time_that_is_no_positive_number_is_refused(T):
+    with pytest.raises(ValueError, match="T must be a positive number"):
+        quantize(Net(), num_buckets=2, T=T)
+
+
 def test_a_model_with_nothing_to_quantize_is_refused():
     with pytest.raises(ValueError, match="no Conv2d or Linear"):
         quantize(nn.Sequential(nn.ReLU()))
@@ -299,11 +276,13 @@ def test_an_interrupted_call_leaves_the_next_one_right():
         raise KeyboardInterrupt
 
     hook = model.last.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x, torch.tensor([999, 999]))
-    hook.remove()
-    assert torch.equal(model(x, t), y)
-    current.batch = None  # PyTorch calls no hooks after KeyboardInterrupt, so its batch stays
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model(x, torch.tensor([999, 999]))
+        hook.remove()
+        assert torch.equal(model(x, t), y)
+    finally:
+        current.batch = None  # PyTorch calls no hooks after KeyboardInterrupt, so its batch stays
 
 
 def test_a_model_that_calls_itself_returns_to_its_own_timesteps():
@@ -425,7 +404,7 @@ def test_a_large_bias_does_not_blur_the_gradient_under_bfloat16_autocast(bias, t
     torch.manual_seed(0)
     layer = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(16, 8, 3, padding=1)
     nn.init.constant_(layer.bias, bias)
-    model = Alone(layer)
+    model = OneLayer(layer)
     quantize(model, 4, num_buckets=2, keep8=())
     spread(model)
     shape = (4, 500, 16) if kind == "linear" else (4, 16, 12, 12)
@@ -443,13 +422,24 @@ def test_a_large_bias_does_not_blur_the_gradient_under_bfloat16_autocast(bias, t
     assert error < 0.02
 
 
-class Alone(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
+# --------------------------------------------------------------------------------------------------
+# Layout and devices
 
-    def forward(self, x, t=0):
-        return self.layer(x)
+
+def test_codes_do_not_depend_on_the_memory_layout():
+    torch.manual_seed(0)
+    float_model = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 3, groups=2))
+    one = quantize(copy.deepcopy(float_model), 3)
+    two = quantize(float_model.to(memory_format=torch.channels_last), 3)
+    assert fingerprint(one) == fingerprint(two)
+
+
+def test_a_model_survives_meta_and_to_empty():
+    model = quantize(Net(), num_buckets=2)
+    saved = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(saved)
+    for name, value in model.state_dict().items():
+        assert value.dtype == saved[name].dtype and torch.equal(value, saved[name]), name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,22 +475,10 @@ def test_an_adapter_of_a_wrapped_model_fits_the_model(wrap):
     wrapped = wrap(model)
     assert fingerprint(wrapped) == fingerprint(model)
     assert list(deltas(wrapped)) == list(deltas(model))
-    load_adapter(quant_copy(model), adapter(wrapped))
+    load_adapter(copy.deepcopy(model), adapter(wrapped))
     load_adapter(wrapped, adapter(model))
     x = torch.randn(3, 6)
     torch.testing.assert_close(merge(wrapped)(x), merge(model)(x))
-
-
-def quant_copy(model):
-    return copy.deepcopy(model)
-
-
-def test_codes_do_not_depend_on_the_memory_layout():
-    torch.manual_seed(0)
-    float_model = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Conv2d(12, 4, 3, groups=2))
-    one = quantize(copy.deepcopy(float_model), 3)
-    two = quantize(float_model.to(memory_format=torch.channels_last), 3)
-    assert fingerprint(one) == fingerprint(two)
 
 
 def test_numpy_numbers_are_stored_as_pythons_own(tmp_path):
@@ -573,6 +551,61 @@ def test_one_name_may_be_given_alone():
     assert adapter(model, also="1.weight")["also"].keys() == {"1.weight"}
 
 
+def with_norm():
+    """A quantized layer and a norm, always the same."""
+    torch.manual_seed(0)
+    return quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+
+
+NORM = ["1.weight", "1.bias"]
+
+
+def test_any_parameter_may_travel():
+    model = with_norm()
+    with torch.no_grad():
+        model[1].weight.fill_(1.5)
+        model[1].bias.fill_(-0.25)
+        deltas(model)["0.d_out_0"].fill_(0.125)
+    saved = adapter(model, NORM)
+    other = with_norm()
+    load_adapter(other, saved)
+    x = torch.randn(3, 4)
+    assert torch.equal(other(x), model(x))
+
+
+def test_what_float16_cannot_hold_travels_as_it_is():
+    model = with_norm()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1 + 2**-20, 1e6, 1e-12, -3.0]))
+    other = with_norm()
+    load_adapter(other, adapter(model, NORM))
+    assert torch.equal(other[1].weight, model[1].weight)
+
+
+@pytest.mark.parametrize(
+    "also, sentence",
+    [
+        ({"1.weight": torch.full((4,), torch.nan)}, "1.weight"),
+        ({"1.weight": torch.zeros(1)}, "1.weight"),
+        ({"1.weight": None}, "1.weight"),
+        ({"2.weight": torch.zeros(4)}, "another base"),
+        ({}, "other weights"),
+        (None, "another base"),
+        ([], "another base"),
+    ],
+)
+def test_what_doesnt_fit_is_refused_and_changes_nothing(also, sentence):
+    model = with_norm()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = adapter(model, ["1.weight"])
+    saved["deltas"] = saved["deltas"] + 1
+    saved["also"] = also
+    with pytest.raises(ValueError, match=sentence):
+        load_adapter(model, saved)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_patterns_of_another_order_are_the_same_base():
     def base(keep8):
         torch.manual_seed(0)
@@ -594,14 +627,6 @@ def test_a_parameter_of_the_wrapper_itself_is_refused():
     wrapper.word = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="also has 'word', which is no parameter"):
         adapter(wrapper, also=["word"])
-
-
-def test_a_model_without_memory_gets_it_back():
-    model = quantize(Net(), num_buckets=2)
-    saved = copy.deepcopy(model.state_dict())
-    model.to("meta").to_empty(device="cpu").load_state_dict(saved)
-    for name, value in model.state_dict().items():
-        assert value.dtype == saved[name].dtype and torch.equal(value, saved[name]), name
 
 
 def test_a_delta_that_float16_cannot_hold_is_not_saved():
@@ -650,6 +675,28 @@ def test_damaged_deltas_are_refused_and_the_model_stays(name):
     with pytest.raises(ValueError, match="damaged"):
         load_adapter(model, saved)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleList([model, model])])
+def test_a_model_that_is_not_quantized_has_no_adapter(wrap):
+    saved = adapter(quantize(Net()))
+    model = wrap(Net())
+    for act in (adapter, merge, lambda model: load_adapter(model, saved)):
+        with pytest.raises(ValueError, match="isn't quantized.*call quantize first"):
+            act(model)
+
+
+def test_an_adapter_after_one_with_more_than_deltas_is_told_why():
+    def base():
+        torch.manual_seed(0)
+        return quantize(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 4)
+
+    model, tuned = base(), base()
+    with torch.no_grad():
+        tuned[1].weight.fill_(2)
+    load_adapter(model, adapter(tuned, ["1.weight"]))
+    with pytest.raises(ValueError, match="an adapter with more than deltas changes them"):
+        load_adapter(model, adapter(base()))
 
 
 @pytest.mark.parametrize("saved", [None, [], {}, {"quant_config": "none"}])
@@ -711,9 +758,3 @@ def test_a_quantized_model_inside_another_trains_and_is_merged_first():
     y = outer(x, torch.tensor([999, 999]))
     outer.inner = merge(outer.inner, 1)
     torch.testing.assert_close(merge(outer, 3)(x), y)
-
-
-@pytest.mark.parametrize("T", [0, -1, float("nan"), float("inf")])
-def test_a_time_that_is_no_positive_number_is_refused(T):
-    with pytest.raises(ValueError, match="T must be a positive number"):
-        quantize(Net(), num_buckets=2, T=T)

@@ -9,6 +9,7 @@ from data import toy
 from data.score import matches, read_background, read_object, score
 
 SUBJECTS = Path(toy.__file__).parent / "subjects"
+GREEN_STRIPES = torch.tensor([4])  # color 1 of 7, pattern 1 of 3
 
 
 @pytest.fixture
@@ -32,17 +33,16 @@ def test_rendered_images_score_one(generator, monkeypatch):
 
 def test_read_object_finds_what_drawing_every_sprite_at_every_spot_finds(generator):
     n = 8
-    green_stripes = torch.tensor([4])
     noise = torch.randn((n, 3, 16, 16), generator=generator)
-    images = toy.render(green_stripes, []) + 0.5 * noise
-    assert (read_background(images) == green_stripes).all()
+    images = toy.render(GREEN_STRIPES, []) + 0.5 * noise
+    assert (read_background(images) == GREEN_STRIPES).all()
 
     sprites = torch.arange(len(toy.sprites().rgb))
     distances = []
     for y, x in toy.SPOTS:
         ys = torch.full_like(sprites, y)
         xs = torch.full_like(sprites, x)
-        drawn = toy.render(green_stripes.expand(len(sprites)), [(sprites, ys, xs)])
+        drawn = toy.render(GREEN_STRIPES.expand(len(sprites)), [(sprites, ys, xs)])
         distances.append(torch.cdist(images.flatten(1).double(), drawn.flatten(1).double()))
     nearest = torch.cat(distances, dim=1).argmin(1)  # spot number * number of sprites + sprite
 
@@ -62,6 +62,8 @@ def test_scores_withstand_noise(generator, monkeypatch):
     [
         (0, tuple(toy.COLORS)),
         (1, (*toy.SHAPES, "creature")),
+        (2, tuple(toy.COLORS)),  # those of the second object
+        (3, (*toy.SHAPES, "creature")),
         (4, tuple(toy.PLACES)),
         (5, tuple(toy.COLORS)),
         (6, toy.PATTERNS),
@@ -84,11 +86,10 @@ def test_subject_scores_are_one_on_the_subject_and_chance_on_others(generator):
     table = toy.sprites()[2]
     subject = toy.PLAIN + 1234
     words = torch.tensor([toy.caption("sks creature on green stripes")]).expand(n, -1)
-    green_stripes = read_background(toy.render(torch.tensor([4]), []))
 
     def mean_scores(sprite):
         spots = torch.tensor(toy.SPOTS)[torch.randint(len(toy.SPOTS), (n,), generator=generator)]
-        images = toy.render(green_stripes.expand(n), [(sprite, spots[:, 0], spots[:, 1])])
+        images = toy.render(GREEN_STRIPES.expand(n), [(sprite, spots[:, 0], spots[:, 1])])
         scores = score(images, words, table[subject], toy.WORD["sks"])
         return {key: value.mean() for key, value in scores.items()}
 
