@@ -1,14 +1,18 @@
 """What the tests share: one thread and one seed for PyTorch, and a script without a new process."""
 
 import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if it is installed, reads it when imported
 
+import pretrain
 from quant import deltas
 from runtime import guard
 
@@ -42,3 +46,40 @@ def spread(model):
     for delta in deltas(model).values():
         delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
     return model
+
+
+def error_of(script, *args, capsys):
+    """Run a script that ends with exit code 2, and return its one sentence."""
+    assert run(script, *args) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("sampling:")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def no_scores(monkeypatch):
+    """pretrain.py doesn't draw the 400 images that it scores."""
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+
+
+def contents_of(model):
+    """The contents of a tuned.pt, for a quantized UNet."""
+    return {
+        "kind": "quantized",
+        "config": model.config,
+        "quant_config": model.quant_config,
+        "model": model.state_dict(),
+    }
+
+
+def png(width, height, depth, color, data):
+    """A PNG file of these header values, whatever they are."""
+
+    def chunk(kind, body):
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -16,7 +16,7 @@ from runtime import BASE
 
 @pytest.mark.slow
 @pytest.mark.skipif(math.isnan(resident()), reason="needs /proc/self/status")
-def test_500_steps_and_50_samplings(tmp_path, monkeypatch):
+def test_memory_stays_flat_over_500_steps_and_50_samplings(tmp_path, monkeypatch):
     flags = ["--steps", "500", "--batch", "1", "--buckets", "2", "--device", "cpu"]
     args = train.arguments([*flags, "--out", str(tmp_path)])
     model = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))

@@ -12,9 +12,9 @@ from conftest import spread
 
 from data import toy
 from model import Diffusion, UNet
-from quant import QuantLayer, deltas, merge, quantize, remember
-from runtime import load, load_model, save
-from sample import ddim_step, ddpm_step, sample
+from quant import deltas, quantize, remember
+from runtime import BASE, load_model
+from sample import SAMPLERS, ddim_step, ddpm_step, draw_noise, noise_generators, sample
 
 
 @pytest.fixture
@@ -148,6 +148,57 @@ def test_the_same_seed_draws_the_same_bits(sampler):
 
 
 # --------------------------------------------------------------------------------------------------
+# An image depends on its caption, the seed and its place, and on no other image
+# --------------------------------------------------------------------------------------------------
+
+
+class Shrink(torch.nn.Module):
+    """A model that computes each value by itself, so that no batch rounds in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t, words):
+        return self.factor * x + 0.01 * words.sum(1).view(-1, 1, 1, 1)
+
+
+PROMPTS = ("red circle", "sks creature", "blue square on plain pink", "red circle", "red circle")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_an_image_is_the_same_however_many_are_drawn(sampler, chunk):
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
+
+    def draw(words, **kwargs):
+        return sample(Shrink(), words, 5, sampler, seed=3, **kwargs)
+
+    images = draw(words, chunk=chunk)
+    for n in range(1, len(words) + 1):
+        assert torch.equal(draw(words[:n]), images[:n])
+    others = draw(words.flip(0), chunk=chunk)
+    assert torch.equal(others[2], images[2])  # the same caption in the same place
+    assert not torch.equal(images[3], images[4])  # the same caption in another place
+
+
+def test_a_real_image_is_the_same_however_many_are_drawn():
+    model = load_model(BASE)
+    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
+    images = sample(model, words, 3, chunk=2)
+    alone = sample(model, words[:1], 3)
+    torch.testing.assert_close(images[:1], alone, rtol=0, atol=1e-3)  # batches round differently
+
+
+def test_no_two_images_of_any_seeds_share_their_noise():
+    seen = set()
+    for seed in range(100):
+        for noise in draw_noise(noise_generators(seed, 40)):
+            seen.add(noise.flatten()[0].item() + 1000 * noise.flatten()[1].item())
+    assert len(seen) == 100 * 40
+
+
+# --------------------------------------------------------------------------------------------------
 # The UNet
 # --------------------------------------------------------------------------------------------------
 
@@ -262,67 +313,3 @@ def test_checkpointed_blocks_can_be_compiled():
     net(x, t, words).square().sum().backward()
     for name, delta in deltas(model).items():
         torch.testing.assert_close(delta.grad, plain[name], atol=1e-5, rtol=1e-4)
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------
-
-
-def names_in(folder):
-    return [path.name for path in folder.iterdir()]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.pt"
-    save({"kind": "model", "x": torch.ones(3)}, path)
-    assert torch.equal(load(path, "model")["x"], torch.ones(3))
-    assert names_in(tmp_path) == ["a.pt"]
-
-    def local():  # can't be pickled
-        pass
-
-    with pytest.raises(AttributeError):
-        save({"kind": "model", "x": local}, path)
-    assert torch.equal(load(path, "model")["x"], torch.ones(3))  # the old file is still there
-    assert names_in(tmp_path) == ["a.pt"]  # and nothing else
-
-
-def test_files_that_are_damaged_missing_or_of_another_kind_are_refused(tmp_path):
-    path = tmp_path / "a.pt"
-    save({"kind": "model", "x": torch.ones(3)}, path)
-    first_bytes = path.read_bytes()[:200]
-    for content in (first_bytes, b"", b"text"):
-        (tmp_path / "b.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            load(tmp_path / "b.pt", "model")
-    with pytest.raises(ValueError, match="exist"):
-        load(tmp_path / "c.pt", "model")
-    with pytest.raises(ValueError, match="kind adapter"):
-        load(path, "adapter")
-
-
-def test_a_checkpoint_keeps_its_buckets(tmp_path):
-    edges = [0, 100, 1000]
-    model = quantize(small(), 4, 2, edges=edges)
-    spread(model)
-    saved = {
-        "kind": "quantized",
-        "config": model.config,
-        "quant_config": model.quant_config,
-        "model": model.state_dict(),
-    }
-    save(saved, tmp_path / "a.pt")
-    again = load_model(tmp_path / "a.pt")
-    assert again.quant_config == model.quant_config
-    assert again.quant_config["edges"] == edges
-    assert any(isinstance(module, QuantLayer) for module in again.modules())
-
-    x = torch.randn(1, 3, 8, 8)
-    words = torch.ones(1, toy.SLOTS, dtype=torch.long)
-    low = merge(model, 0)
-    high = merge(model, 1)
-    assert not torch.allclose(low(x, torch.tensor([99]), words), high(x, torch.tensor([99]), words))
-    for t, plain in ((99, low), (100, high)):
-        t = torch.tensor([t])
-        torch.testing.assert_close(again(x, t, words), plain(x, t, words))

@@ -4,12 +4,13 @@ Each gets one sentence that names the culprit, and exit code 2. No file is writt
 """
 
 import os
-import struct
-import zlib
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, contents_of, error_of, png
 from PIL import Image
 
 import bench
@@ -48,17 +49,9 @@ for script, flag, values in WRONG_NUMBERS:
     NUMBERS += [(script, flag, value) for value in values]
 
 
-def error_of(capsys):
-    """The one line that a script has written to stderr, apart from progress bars."""
-    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in lines if line.strip() and not line.startswith("sampling:")]
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-def assert_one_sentence(capsys, *words):
-    """The error is one line for users, and all of words are in it."""
-    error = error_of(capsys)
+def assert_one_sentence(script, *args, capsys, words):
+    """The script ends with one line for users, and all of words are in it."""
+    error = error_of(script, *args, capsys=capsys)
     assert "Traceback" not in error
     assert ": [Errno" not in error
     for word in words:
@@ -71,30 +64,13 @@ def test_a_number_out_of_range_is_refused_by_its_flag(
 ):
     monkeypatch.chdir(tmp_path)
     table = {tables: ["subjects"], bench: ["speed"]}.get(script, [])
-    assert run(script, *table, f"{flag}={value}") == 2
-    assert_one_sentence(capsys, flag)
+    assert_one_sentence(script, *table, f"{flag}={value}", capsys=capsys, words=[flag])
     assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
 # A folder of all that is wrong
 # --------------------------------------------------------------------------------------------------
-
-
-def png_chunk(kind, body):
-    checksum = zlib.crc32(kind + body)
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-
-
-def png(width, height, depth, color, data):
-    """A PNG file of these header values, whatever they are."""
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    chunks = [
-        png_chunk(b"IHDR", header),
-        png_chunk(b"IDAT", zlib.compress(data)),
-        png_chunk(b"IEND", b""),
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 class Code:
@@ -156,6 +132,7 @@ def make_wrong_models(folder):
     config = base["config"]
     nan_bias = {**base["model"], "out.bias": torch.full((3,), float("nan"))}
     code = Code(str(folder / "ran"))
+    tuned = contents_of(quantize(load_model(BASE), 4, calibration="minmax"))
 
     (folder / "cut.pt").write_bytes(BASE.read_bytes()[:100_000])
     torch.save({"kind": "model", "config": code}, folder / "code.pt")
@@ -168,7 +145,7 @@ def make_wrong_models(folder):
         "vast": {**base, "config": {**config, "channels": (2**40, 2**40)}},
         "names": {**base, "model": list(base["model"])},
         "nan": {**base, "model": nan_bias},
-        "bits": {**base, "kind": "quantized", "quant_config": {"n_bits": 99}},
+        "bits": {**tuned, "quant_config": {**tuned["quant_config"], "n_bits": 99}},
     }
     for name, content in wrong.items():
         save(content, folder / f"{name}.pt")
@@ -182,13 +159,7 @@ def make_wrong_adapters(folder):
 
     model = quantize(load_model(BASE), 4, calibration="minmax")
     mine = {"kind": "adapter", **adapter(model)}
-    tuned = {
-        "kind": "quantized",
-        "config": model.config,
-        "quant_config": model.quant_config,
-        "model": model.state_dict(),
-    }
-    save(tuned, folder / "tuned.pt")
+    save(contents_of(model), folder / "tuned.pt")
     save(mine, folder / "tuned-adapter.pt")
     save({**mine, "deltas": mine["deltas"][1:]}, folder / "short-adapter.pt")
     save({**mine, "deltas": mine["deltas"] * float("nan")}, folder / "nan-adapter.pt")
@@ -213,8 +184,9 @@ def make_wrong_states(folder):
     flags = runtime.describe(train.arguments(["--device", "cpu"]))
     other_flags = {**flags, "bits": "3"}
     old_flags = {key: value for key, value in flags.items() if key != "bits"}
-    other_run = {"kind": "fine-tuning", "args": other_flags}
-    old = {"kind": "fine-tuning", "args": old_flags, "step": 3}
+    inputs = {"base": "", "subject": ""}
+    other_run = {"kind": "fine-tuning", "inputs": inputs, "args": other_flags}
+    old = {"kind": "fine-tuning", "inputs": inputs, "args": old_flags}
     (folder / "damaged-state" / "state.pt").write_bytes(b"PK")
     save(load(BASE, "model"), folder / "other-state" / "state.pt")
     save(other_run, folder / "other-run" / "state.pt")
@@ -292,49 +264,49 @@ SUBJECTS = [  # --subject, what the error names
     ("@other-parts", "parts.txt"),
 ]
 
-MODELS = [
-    "missing.pt",
-    "empty",
-    "text",
-    "nothing",
-    "cut.pt",
-    "code.pt",
-    "list.pt",
-    "hollow.pt",
-    "old.pt",
-    "no-config.pt",
-    "sizes.pt",
-    "vast.pt",
-    "names.pt",
-    "nan.pt",
-    "bits.pt",
-    "tuned-adapter.pt",
-]
+MODELS = {  # --base or --ckpt, and the reason
+    "missing.pt": "doesn't exist",
+    "empty": "damaged or not a checkpoint",
+    "text": "damaged or not a checkpoint",
+    "nothing": "damaged or not a checkpoint",
+    "cut.pt": "damaged or not a checkpoint",
+    "code.pt": "damaged or not a checkpoint",
+    "list.pt": "damaged or not a checkpoint (not a dict)",
+    "hollow.pt": "whole model of this version",
+    "old.pt": "whole model of this version",
+    "no-config.pt": "whole model of this version",
+    "sizes.pt": "whole model of this version",
+    "vast.pt": "whole model of this version",
+    "names.pt": "whole model of this version",
+    "nan.pt": "out.bias isn't finite",
+    "bits.pt": "n_bits must be 2 to 8, not 99",
+    "tuned-adapter.pt": "of kind 'adapter'",
+}
 
-ADAPTERS = [
-    "missing.pt",
-    "empty-adapter.pt",
-    "code-adapter.pt",
-    "tuned.pt",
-    "three-adapter.pt",
-    "two-adapter.pt",
-    "other-adapter.pt",
-    "short-adapter.pt",
-    "nan-adapter.pt",
-    "text-adapter.pt",
-    "hollow-adapter.pt",
-]
+ADAPTERS = {  # --adapter, and the reason
+    "missing.pt": "doesn't exist",
+    "empty-adapter.pt": "damaged or not a checkpoint",
+    "code-adapter.pt": "damaged or not a checkpoint",
+    "tuned.pt": "of kind 'quantized'",
+    "three-adapter.pt": "n_bits 3 instead of 4",
+    "two-adapter.pt": "of edges",
+    "other-adapter.pt": "other weights",
+    "short-adapter.pt": "finite numbers",
+    "nan-adapter.pt": "finite numbers",
+    "text-adapter.pt": "finite numbers",
+    "hollow-adapter.pt": "no quant_config",
+}
 
-STATES = [
-    "no-state",
-    "damaged-state",
-    "other-state",
-    "other-run",
-    "old-state",
-]
+STATES = {  # the --out of --resume, and the reason
+    "no-state": "start without --resume",
+    "damaged-state": "damaged or not a checkpoint",
+    "other-state": "of kind 'model'",
+    "other-run": "a run with --bits 3",
+    "old-state": "a run with no --bits",
+}
 
 LONG = "long" * 100  # longer than the name of a file may be
-FILES = [
+FILES = [  # script, arguments, what the error names: words between |
     (sample, ["--adapter", "@tuned-adapter.pt"], "float"),
     (train, ["--base", "@tuned.pt"], "tuned.pt"),
     (train, ["--out", "@text"], "text"),
@@ -346,12 +318,13 @@ FILES = [
     (sample, ["--steps", "1", "--out", "/proc/a.png"], "/proc/a.png"),
 ]
 FILES += [(train, ["--subject", name], word) for name, word in SUBJECTS]
-FILES += [(train, ["--base", f"@{name}"], name) for name in MODELS]
-FILES += [(sample, ["--ckpt", f"@{name}"], name) for name in MODELS]
-FILES += [
-    (sample, ["--ckpt", "@tuned.pt", "--adapter", f"@{name}"], "adapter") for name in ADAPTERS
-]
-FILES += [(train, ["--resume", "--out", f"@{name}"], "state.pt") for name in STATES]
+for name, reason in MODELS.items():
+    FILES.append((train, ["--base", f"@{name}"], f"{name}|{reason}"))
+    FILES.append((sample, ["--ckpt", f"@{name}"], f"{name}|{reason}"))
+for name, reason in ADAPTERS.items():
+    FILES.append((sample, ["--ckpt", "@tuned.pt", "--adapter", f"@{name}"], reason))
+for name, reason in STATES.items():
+    FILES.append((train, ["--resume", "--out", f"@{name}"], f"state.pt|{reason}"))
 
 
 def files_in(folder):
@@ -364,16 +337,22 @@ def times_in(folder):
     return {path: path.stat().st_mtime_ns for path in files_in(folder)}
 
 
-@pytest.mark.parametrize("script, args, word", CHOICES + FILES)
+def name_of(value):
+    """The name of a case: the script, and its arguments."""
+    if isinstance(value, list):
+        return textwrap.shorten(" ".join(value), 60, placeholder="...")
+    return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("script, args, words", CHOICES + FILES, ids=name_of)
 def test_wrong_choices_and_files_are_refused_by_name(
-    script, args, word, files, tmp_path, capsys, monkeypatch
+    script, args, words, files, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("PATH", "")  # no compiler
     monkeypatch.chdir(tmp_path)
     before = times_in(files)
     args = [arg.replace("@", f"{files}/") for arg in args]
-    assert run(script, *args) == 2
-    assert_one_sentence(capsys, word)
+    assert_one_sentence(script, *args, capsys=capsys, words=words.split("|"))
     assert not files_in(tmp_path)
     assert times_in(files) == before
 
@@ -394,31 +373,74 @@ def test_more_processes_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", take)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert run(train, "--device", "cuda") == 2
-    assert_one_sentence(capsys, "process 3", "2 here", "fewer processes")
+    words = ["process 3", "2 here", "fewer processes"]
+    assert_one_sentence(train, "--device", "cuda", capsys=capsys, words=words)
     assert not list(tmp_path.iterdir())
 
 
-def test_as_many_cases_are_tried_as_the_readme_says():
-    assert len(NUMBERS) + len(CHOICES) + len(FILES) >= 150
-
-
 # --------------------------------------------------------------------------------------------------
-# And what isn't wrong
+# Flags that are empty or without effect, and half of torchrun
 # --------------------------------------------------------------------------------------------------
 
+REFUSED = [
+    # script, command, what the sentence names
+    (train, "--bits 32 --buckets 1", "--buckets"),
+    (train, "--bits 32 --buckets 2 --scales out", "--scales and --buckets"),
+    (train, "--calibration rowcol --bits 32", "--calibration"),
+    (train, "--subject=", "--subject"),
+    (train, "--base=", "--base"),
+    (train, "--out=", "--out"),
+    (pretrain, "--out=", "--out"),
+    (sample, "--ckpt=", "--ckpt"),
+    (sample, "--adapter=", "--adapter"),
+    (sample, "--out=", "--out"),
+    (sample, "--packed", "--packed needs a quantized model"),
+    *((script, f"--seed {2**32}", "--seed") for script in (train, pretrain, sample)),  # as seed 0
+]
+for flag in (  # pretraining has none of fine-tuning's own flags
+    "bits 4",
+    "scales out",
+    "buckets 2",
+    "calibration mse",
+    "subject mo",
+    "base data/base.pt",
+    "prior 1",
+    "sample-steps 1",
+    "checkpoint",
+):
+    REFUSED.append((pretrain, f"--{flag}", f"--{flag}"))
 
-def test_images_of_unusual_kinds_are_read_right(tmp_path):
-    """Palette, 16 bits of color, transparency and CMYK are ordinary images."""
-    red = Image.new("RGB", (16, 16), (255, 0, 0))
-    row = b"\0" + struct.pack(">HHH", 65535, 0, 0) * 16
-    red.convert("P").save(tmp_path / "palette.png")
-    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    (tmp_path / "sixteen.png").write_bytes(png(16, 16, 16, 2, row * 16))
-    red.putalpha(255)
-    red.save(tmp_path / "alpha.png")
 
-    images, _ = toy.load_subject(tmp_path)
-    assert images.shape == (4, 3, 16, 16)
-    expected = torch.tensor([1.0, -1, -1]).view(3, 1, 1)
-    assert (images - expected).abs().max() < 0.05
+@pytest.mark.parametrize("script, command, culprit", REFUSED)
+def test_flags_that_are_empty_or_without_effect_are_refused(
+    script, command, culprit, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((train, "finetune"), (pretrain, "pretrain"), (sample, "sample")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it wasn't refused"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (None, None))
+    assert_one_sentence(script, *command.split(), capsys=capsys, words=[culprit])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "script, rank, world_size",
+    [
+        ("train.py", "1", None),
+        ("train.py", None, "2"),
+        ("train.py", "2", "2"),
+        ("train.py", "a", "2"),
+        ("pretrain.py", "0", None),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused(script, rank, world_size, tmp_path):
+    environment = {"RANK": rank, "WORLD_SIZE": world_size}
+    given = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, ROOT / script, "--steps", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **given}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"RANK is {rank or 'not set'} and WORLD_SIZE is {world_size or 'not set'}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

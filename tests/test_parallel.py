@@ -30,7 +30,7 @@ TWICE = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")  #
 
 
 def start(*command):
-    """Start a script as a process of its own, or after TWICE as two that train as one."""
+    """Start a script as a process of its own; with TWICE in front, as two that train as one."""
     return subprocess.Popen(
         [sys.executable, *map(str, command), "--device", "cpu"],
         cwd=ROOT,
@@ -41,7 +41,7 @@ def start(*command):
     )
 
 
-def finished(*command):
+def output_of(*command):
     """The output of a command that ends well."""
     process = start(*command)
     out, err = process.communicate(timeout=300)
@@ -82,7 +82,15 @@ def state_of(folder, kind="fine-tuning"):
 
 def step_counts(state):
     """How often each parameter was moved."""
-    return {key: int(of["step"]) for key, of in state["optimizer"]["state"].items()}
+    return {key: int(moments["step"]) for key, moments in state["optimizer"]["state"].items()}
+
+
+def assert_same_gradients(two, one, tolerance):
+    """The optimizers have averaged the same gradients, to a relative tolerance."""
+    for key, moments in one["optimizer"]["state"].items():
+        a = two["optimizer"]["state"][key]["exp_avg"]
+        b = moments["exp_avg"]
+        assert (a - b).norm() <= tolerance * b.norm(), key
 
 
 METHODS = [
@@ -96,7 +104,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, flags
     monkeypatch.setattr(train, "IMAGES_PER_PROMPT", 1)
     full = flags == ["--bits", 32]
     flags = [*flags, "--steps", 20, "--sample-steps", 1]
-    out = finished(
+    out = output_of(
         *TWICE, quick(tmp_path, "train"), *flags, "--batch", 2, "--out", tmp_path / "two"
     )
     assert run(train, *flags, "--batch", 4, "--device", "cpu", "--out", tmp_path / "one") == 0
@@ -105,17 +113,13 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, flags
 
     assert two["step"] == 20
     assert torch.equal(two["generator"], one["generator"])
-    moved = 1
-    if not full:
-        moved = max(p.abs().max().item() for p in one["trained"].values())
-    for name, p in one["trained"].items():
-        torch.testing.assert_close(two["trained"][name], p, rtol=0, atol=2e-3 * moved)
+    assert_same_gradients(two, one, tolerance=0.01)
 
     # a bucket's deltas are moved in the steps in which any process drew it, and in no others
     counts = step_counts(one)
     assert counts == step_counts(two)
     if not full:
-        assert {3, 5} < set(counts.values())
+        assert len(set(counts.values())) > 2  # buckets are drawn unequally often
         assert 20 not in counts.values()
 
     model = load_model(BASE)
@@ -128,16 +132,15 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, flags
     assert said in out
 
 
-def test_pretraining_in_two_processes_is_that_of_one_with_twice_the_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+def test_pretraining_in_two_processes_is_that_of_one_with_twice_the_batch(tmp_path, no_scores):
     flags = ["--steps", 2, "--seed", 3]
     script = quick(tmp_path, "pretrain")
-    finished(*TWICE, script, *flags, "--batch", 4, "--out", tmp_path / "two")
+    output_of(*TWICE, script, *flags, "--batch", 4, "--out", tmp_path / "two")
     assert run(pretrain, *flags, "--batch", 8, "--device", "cpu", "--out", tmp_path / "one") == 0
-    one = state_of(tmp_path / "one", "pretraining")["model"]
-    two = state_of(tmp_path / "two", "pretraining")["model"]
-    for name, p in one.items():
-        torch.testing.assert_close(two[name], p, rtol=0, atol=1e-3)
+    one = state_of(tmp_path / "one", "pretraining")
+    two = state_of(tmp_path / "two", "pretraining")
+    assert torch.equal(two["generator"], one["generator"])
+    assert_same_gradients(two, one, tolerance=0.05)
 
 
 def children_of(pid):

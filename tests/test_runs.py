@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import report
+import recovery
 import runs
 from data import toy
 from model import Diffusion, UNet
 from quant import QuantLayer, bucket, current, deltas, quantize
+from recovery import Recovery
 from runtime import save
 from sample import sample
 
@@ -138,7 +139,7 @@ def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path)
         "N = 4, edges even in log-SNR",
     ],
 )
-def test_tune_scores_and_counts(small_base, tmp_path, monkeypatch, name):
+def test_a_run_reports_shares_and_what_it_trained(small_base, tmp_path, monkeypatch, name):
     monkeypatch.setattr(runs.train, "PROMPTS", runs.train.PROMPTS[:2])
     args = args_in(tmp_path)
     row = ROWS[name]
@@ -160,23 +161,17 @@ def test_tune_scores_and_counts(small_base, tmp_path, monkeypatch, name):
     assert got["bytes"] > got["trained"] * stored
 
 
-def test_a_cut_last_line_of_the_log_is_done_again(tmp_path):
-    log = tmp_path / "runs.jsonl"
-    report.append(log, {"row": "a", "seed": 0}, {"parts": 0.5})
-    with log.open("a") as file:
-        file.write('{"row": "b", "seed": 0, "par')
-    assert report.lines(log, row="b") == []
-    report.append(log, {"row": "b", "seed": 0}, {"parts": 0.7})
-    assert [line["parts"] for line in report.lines(log)] == [0.5, 0.7]
-    assert log.read_text().count("\n") == 2
+def test_scales_recover_what_quantization_took(monkeypatch):
+    x0, words = toy.sample_scenes(64, torch.Generator().manual_seed(9))
+    t = torch.arange(64) * 15
 
+    def validation_loss(model):
+        generator = torch.Generator().manual_seed(1)
+        return runs.losses(model, x0, words, t, generator).mean().item()
 
-@pytest.mark.parametrize("bad", ['{"row": "b", "par', "[1]", "\x00"])
-def test_any_other_bad_line_of_the_log_is_named(bad, tmp_path):
-    log = tmp_path / "runs.jsonl"
-    log.write_text(f'{{"row": "a"}}\n{bad}\n{{"row": "c"}}\n')
-    with pytest.raises(ValueError, match="runs.jsonl, line 2 isn't the line of a run"):
-        report.lines(log)
+    monkeypatch.setattr(recovery, "validation_loss", validation_loss)
+    found = recovery.recover(Recovery(2, "minmax", steps=8), 0)
+    assert found["after"] < 0.8 * found["before"]
 
 
 def test_what_two_show_counts_each_creature_once():

@@ -1,16 +1,16 @@
-"""The scripts as a user runs them: end to end, resumed, and given damaged files."""
+"""The scripts as a user runs them, end to end: what they write, print, and give again."""
 
 import os
-import random
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, contents_of, run
 from PIL import Image
 
 import pretrain
@@ -19,7 +19,7 @@ import sample
 import train
 from data import toy
 from model import UNet
-from quant import QuantLayer, deltas, quantize
+from quant import QuantLayer, deltas, quantize, remember
 from runtime import BASE, load, load_model, save
 
 SHORT = ("--buckets", 2, "--steps", 3, "--sample-steps", 2, "--device", "cpu")  # a run of seconds
@@ -28,7 +28,7 @@ SHORTEST = ("--steps", 1, "--sample-steps", 1)
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """The folder and the output of a finished short run.
+    """The folder of a finished short run, its output, its checkout, and what that was before.
 
     A new process runs a read-only checkout from another working directory, in paths with spaces.
     """
@@ -40,7 +40,7 @@ def tuned(tmp_path_factory):
         shutil.copy(file, copy)
     for path in (checkout, *checkout.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o222)
-    before = sorted(checkout.rglob("*"))
+    before = times_in(checkout)
 
     flags = [*SHORT, "--bits", 4, "--out", folder / "mo"]
     done = subprocess.run(
@@ -51,27 +51,46 @@ def tuned(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(checkout.rglob("*")) == before
-    assert [path.name for path in folder.iterdir()] == ["mo"]
-    return folder / "mo", done.stdout
+    return folder / "mo", done.stdout, checkout, before
+
+
+def times_in(folder):
+    """When each file and folder in a folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_run_writes_to_out_alone(tuned):
+    folder, _, checkout, before = tuned
+    assert times_in(checkout) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["mo"]
 
 
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tuned):
-    folder, out = tuned
+    folder, out, *_ = tuned
     names = {file.name for file in folder.iterdir()}
     assert names == {"adapter.pt", "grid.png", "lock", "state.pt", "tuned.pt"}
     assert "TuneQDM, 4 bits" in out
-    assert "->" in out
     assert Image.open(folder / "grid.png").width > 1000
     assert (folder / "adapter.pt").stat().st_size < 80_000
     assert (folder / "tuned.pt").stat().st_size < 2e6
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits_checkpointed_or_not(tuned, tmp_path):
+def test_the_same_seed_gives_the_same_bits_checkpointed_or_not(tuned, tmp_path, monkeypatch):
+    given = []
+    checkpoint_blocks = UNet.checkpoint_blocks
+
+    def noted(model, context_fn):
+        given.append(context_fn)
+        checkpoint_blocks(model, context_fn)
+
+    monkeypatch.setattr(UNet, "checkpoint_blocks", noted)
     assert run(train, *SHORT, "--out", tmp_path / "again") == 0
+    assert given == []
     assert run(train, *SHORT, "--checkpoint", "--out", tmp_path / "checkpointed") == 0
+    assert given == [remember]
     first = load(tuned[0] / "adapter.pt", "adapter")
     again = load(tmp_path / "again" / "adapter.pt", "adapter")
     checkpointed = load(tmp_path / "checkpointed" / "adapter.pt", "adapter")
@@ -82,8 +101,8 @@ def test_the_same_seed_gives_the_same_bits_checkpointed_or_not(tuned, tmp_path):
 
 
 @pytest.mark.slow
-def test_sample_needs_only_the_file(tuned, tmp_path):
-    folder, _ = tuned
+def test_sample_draws_a_grid_from_tuned_pt(tuned, tmp_path):
+    folder, *_ = tuned
     ckpt = ("--ckpt", folder / "tuned.pt")
     prompt = ("--prompt", "sks creature on green stripes")
     flags = (*prompt, "--n", 3, "--steps", 2, "--sampler", "ddpm")
@@ -91,10 +110,41 @@ def test_sample_needs_only_the_file(tuned, tmp_path):
     assert run(sample, *ckpt, *flags, "--out", png) == 0
     assert Image.open(png).size == (3 * 18 * 8, 18 * 8)
 
-    # the adapter on top of the model that has the same deltas
-    again = tmp_path / "b.png"
-    assert run(sample, *ckpt, "--adapter", folder / "adapter.pt", *flags, "--out", again) == 0
-    assert png.read_bytes() == again.read_bytes()
+
+@pytest.mark.slow
+def test_an_adapter_on_its_base_draws_what_tuned_pt_draws(tuned, tmp_path):
+    folder, *_ = tuned
+    base = quantize(load_model(BASE), 4, 2)
+    save(contents_of(base), tmp_path / "base.pt")
+    adapter = ("--adapter", folder / "adapter.pt")
+    drawn = []
+    for flags in (
+        ("--ckpt", folder / "tuned.pt"),
+        ("--ckpt", tmp_path / "base.pt", *adapter),
+        ("--ckpt", folder / "tuned.pt", *adapter),
+        ("--ckpt", tmp_path / "base.pt"),
+    ):
+        assert run(sample, *flags, "--n", 1, "--steps", 2, "--out", tmp_path / "a.png") == 0
+        drawn.append((tmp_path / "a.png").read_bytes())
+    tuned_image, on_base, on_tuned, base_image = drawn
+    assert on_base == on_tuned == tuned_image
+    assert base_image != tuned_image
+
+
+def test_the_flags_of_sample_reach_the_sampler(tuned, tmp_path, monkeypatch):
+    given = {}
+
+    def note(model, words, steps, sampler, cfg_scale, seed, **kwargs):
+        given.update(steps=steps, sampler=sampler, cfg_scale=cfg_scale, seed=seed, **kwargs)
+        return torch.zeros(len(words), 3, 16, 16)
+
+    monkeypatch.setattr(sample, "sample", note)
+    flags = ["--steps", 7, "--sampler", "ddim", "--cfg-scale", 1.5, "--seed", 5, "--packed"]
+    flags += ["--ckpt", tuned[0] / "tuned.pt", "--n", 9, "--out", tmp_path / "a.png"]
+    assert run(sample, *flags) == 0
+    expected = {"steps": 7, "sampler": "ddim", "cfg_scale": 1.5, "seed": 5, "packed": True}
+    assert given == {**expected, "progress": True}
+    assert Image.open(tmp_path / "a.png").size == (8 * 18 * 8, 2 * 18 * 8)  # rows of eight
 
 
 @pytest.mark.slow
@@ -107,7 +157,7 @@ def test_merged_and_packed_sampling_draw_the_same(tuned):
     merged = sample.sample(model, words, 4, packed=False)
     packed = sample.sample(model, words, 4, packed=True)
     torch.testing.assert_close(merged, packed, rtol=1e-3, atol=1e-3)
-    assert hasattr(model, "quant_config")
+    assert hasattr(model, "quant_config")  # the copies were merged, not the model
 
 
 YARDSTICKS = [
@@ -123,7 +173,32 @@ def test_full_precision_and_peqa_run_and_say_what_they_are(args, tmp_path, capsy
     assert run(train, *args, *SHORTEST, "--out", tmp_path) == 0
     title = "full precision" if 32 in args else "PEQA, 2 bits"
     assert title in capsys.readouterr().out
-    load_model(tmp_path / "tuned.pt")
+    model = load_model(tmp_path / "tuned.pt")
+    if 32 in args:
+        assert not hasattr(model, "quant_config")
+    else:
+        assert model.quant_config["n_bits"] == 2
+        assert model.quant_config["scales"] == "out"
+        assert model.quant_config["calibration"] == "minmax"
+
+
+def test_the_scores_before_come_first(tmp_path, monkeypatch, capsys):
+    shares = iter([0.25, 0.75])
+
+    def evaluate(model, parts, args):
+        share = next(shares)
+        return torch.zeros(40, 3, 16, 16), {"parts": share, "identity": share, "prompt": share}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    flags = ("--steps", 0, "--calibration", "minmax", "--device", "cpu", "--out", tmp_path)
+    assert run(train, *flags) == 0
+    assert capsys.readouterr().out.count("0.25 -> 0.75") == 3
+
+
+def test_results_go_to_out_unless_another_folder_is_given():
+    assert train.arguments([]).out == Path("out/mo-4bit")
+    assert train.arguments(["--bits", "32", "--subject", "a/zed/"]).out == Path("out/zed-32bit")
+    assert pretrain.arguments([]).out == Path("out/pretrain")
 
 
 @pytest.mark.slow
@@ -204,12 +279,9 @@ def test_a_resumed_run_ends_in_the_same_bits(stop, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pretraining_runs_resumes_and_makes_a_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)  # it draws 400 images
-    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
+def test_the_same_pretraining_makes_the_same_base(tmp_path, no_scores):
     args = ("--batch", 4, "--device", "cpu", "--steps", 4)
     assert run(pretrain, *args, "--out", tmp_path / "a") == 0
-    assert run(pretrain, *args, "--out", tmp_path / "a", "--resume") == 0  # nothing is left to do
     assert run(pretrain, *args, "--out", tmp_path / "b") == 0
 
     base = tmp_path / "a" / "base.pt"
@@ -221,55 +293,38 @@ def test_pretraining_runs_resumes_and_makes_a_base(tmp_path, monkeypatch):
     assert run(train, "--base", base, *SHORTEST, "--out", tmp_path / "c") == 0
 
 
-def leaves(obj):
-    """What stands in a nested dict, in a row."""
-    if not isinstance(obj, dict):
-        return [obj]
-    found = []
-    for key in sorted(obj, key=str):
-        found += leaves(obj[key])
-    return found
+def test_the_shares_of_right_images_are_printed(tmp_path, monkeypatch, capsys):
+    def draw(model, words, **kwargs):
+        assert len(words.unique(dim=0)) > 20  # many prompts
+        return torch.zeros(len(words), 3, 16, 16)
+
+    def score(images, words):
+        return {"prompt": 0.5 + 0.5 * (torch.arange(len(images)) % 2)}  # half of them 1
+
+    monkeypatch.setattr(pretrain, "sample", draw)
+    monkeypatch.setattr(pretrain, "score", score)
+    monkeypatch.setattr(pretrain, "matches", lambda images: torch.arange(len(images)) % 4 == 0)
+    assert run(pretrain, "--steps", 0, "--device", "cpu", "--out", tmp_path) == 0
+    *shares, last = capsys.readouterr().out.splitlines()
+    for kind, share in zip(("plain images", "creatures"), shares, strict=True):
+        said = f"200 {kind}: 50.0% show all that the caption says; 25.0% match a scene"
+        assert share.startswith(said)
+    assert last.endswith(f"train.py --base {tmp_path / 'base.pt'}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["adapter.pt", "tuned.pt", "state.pt"])
-def test_a_flipped_bit_is_refused_or_changes_nothing(tuned, tmp_path, name):
-    kinds = ("adapter", "quantized", "fine-tuning")
-    path = tuned[0] / name
-    whole = leaves(load(path, *kinds))
-    good = path.read_bytes()
-    chance = random.Random(0)
-    refused = 0
-    for _ in range(100):
-        damaged = bytearray(good)
-        place = chance.randrange(len(good))
-        damaged[place] ^= 1 << chance.randrange(8)
-        (tmp_path / name).write_bytes(damaged)
-        try:
-            found = leaves(load(tmp_path / name, *kinds))
-        except ValueError as error:
-            assert "damaged" in str(error)
-            refused += 1
-            continue
-        assert len(found) == len(whole)
-        for value, expected in zip(found, whole):
-            same = torch.equal(value, expected) if torch.is_tensor(value) else value == expected
-            assert same, place
-    assert refused > 30
+@pytest.mark.parametrize("script", [train, pretrain])
+def test_compile_compiles_the_model_that_is_trained(script, tmp_path, monkeypatch, no_scores):
+    compiled = []
 
+    def compile_(model):
+        compiled.append(type(model))
+        return model
 
-def test_a_closed_pipe_ends_a_script_without_a_word():
-    """As after `| head`."""
-    read, write = os.pipe()
-    os.close(read)
-    log = ["--log", "experiments/runs.jsonl", "--rows", "none"]
-    ended = subprocess.run(
-        [sys.executable, "experiments/tables.py", "several", *log],
-        cwd=ROOT,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(write)
-    assert ended.returncode == 130
-    assert ended.stderr == ""
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name)  # a compiler is there
+    monkeypatch.setattr(train, "evaluate", lambda *_: (torch.zeros(40, 3, 16, 16), {}))
+    flags = ("--batch", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path)
+    assert run(script, *flags) == 0
+    assert compiled == []
+    assert run(script, *flags, "--compile") == 0
+    assert compiled == [UNet]

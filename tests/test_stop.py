@@ -1,29 +1,24 @@
-"""A run that is killed at any moment and resumed ends in the same bits as one that never stopped.
-
-And a run that can't go on says why.
-"""
+"""A run that is killed and resumed ends in the same bits as one that never stopped."""
 
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import run
+from conftest import error_of, run
 
 import pretrain
 import runtime
 import train
-from data import toy
-from quant import deltas, quantize
-from runtime import BASE, load, load_model, save
+from runtime import BASE, load, save
 
 # runs are forks of one process, which imports torch and its compiler, 5 seconds, once for all
 FORKS = multiprocessing.get_context("forkserver")
@@ -59,7 +54,7 @@ JOBS = {
 
 
 class Run:
-    """A job in a process of its own, that has started."""
+    """A job, started in a process of its own."""
 
     def __init__(self, name, out, *flags):
         flags = [*JOBS[name].flags, "--steps", JOBS[name].steps, "--device", "cpu", *flags]
@@ -152,30 +147,63 @@ def test_a_run_killed_and_resumed_at_random_moments_ends_in_the_same_bits(name, 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_loss_that_is_nan_names_step_bucket_and_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
-    flags = ["--steps", "9", "--batch", "2", "--buckets", "2", "--device", "cpu"]
-    args = train.arguments([*flags, "--out", str(tmp_path)])
-    model = quantize(load_model(BASE), 4, 2, calibration="minmax")
-    subject = toy.load_subject(BASE.parent / "subjects" / "mo", train.SUBJECT_WORD)
-    calls = []
+# --------------------------------------------------------------------------------------------------
+# The base of a pretraining is that of its last step
+# --------------------------------------------------------------------------------------------------
 
-    def squared_error(self, v, x0, t, eps):
-        calls.append(0)
-        is_wrong = (t < 500) & (len(calls) > 3)
-        return (v - eps).square().mean((1, 2, 3)) * torch.where(is_wrong, torch.nan, 1)
-
-    monkeypatch.setattr(train.Diffusion, "squared_error", squared_error)
-    message = r"step 3, timestep bucket \[0\].*state.pt has step 2"
-    with pytest.raises(ValueError, match=message):
-        train.finetune(model, args, *subject)
-    for delta in deltas(model).values():
-        assert delta.isfinite().all()
+PRETRAINING = ("--batch", 1, "--steps", 2, "--device", "cpu")
 
 
-def test_a_run_with_other_flags_is_not_resumed(tmp_path):
-    args = train.arguments(["--lr", "0.01", "--out", str(tmp_path)])
-    others = Namespace(**{**vars(args), "lr": 0.02, "bits": 3})
-    save({"kind": "fine-tuning", "args": runtime.describe(others)}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="--bits 3 --lr 0.02"):
-        runtime.load_state(args, "fine-tuning")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a pretraining of two steps that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "score_base", lambda *_: None)
+        assert run(pretrain, *PRETRAINING, "--out", folder) == 0
+    return folder
+
+
+class Killed(BaseException):
+    """What no handler catches, as if the process was killed."""
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_a_pretraining_killed_before_a_write_resumes_to_its_last_base(
+    write, whole, tmp_path, monkeypatch, no_scores
+):
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 1)  # so there are two writes after each step
+    writes = []
+
+    def save_or_die(*args):
+        writes.append(0)
+        if len(writes) == write:
+            raise Killed
+        save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretrain, "save", save_or_die)
+        run(pretrain, *PRETRAINING, "--out", tmp_path)
+    resume = ["--resume"] if (tmp_path / "state.pt").exists() else []
+    assert run(pretrain, *PRETRAINING, "--out", tmp_path, *resume) == 0
+    assert (tmp_path / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: shutil.copy(BASE, path)])
+def test_a_finished_pretraining_resumes_to_its_base(damage, whole, tmp_path, no_scores):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    damage(folder / "base.pt")
+    assert run(pretrain, *PRETRAINING, "--out", folder, "--resume") == 0
+    assert (folder / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
+
+
+def test_a_pretraining_goes_on_with_more_steps_and_not_fewer(whole, tmp_path, capsys, no_scores):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    flags = ("--batch", 1, "--device", "cpu", "--out", folder, "--resume")
+    error = error_of(pretrain, *flags, "--steps", 1, capsys=capsys)
+    assert "at step 2 already; give --steps at least that" in error
+    assert run(pretrain, *flags, "--steps", 3) == 0
+    assert load(folder / "state.pt", "pretraining")["step"] == 3
+    assert load(folder / "base.pt", "model")["step"] == 3

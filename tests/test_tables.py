@@ -3,16 +3,13 @@
 from argparse import Namespace
 
 import pytest
-import torch
 from conftest import ROOT, run
 
-import recovery
 import report
 import tables
 from data import toy
-from recovery import Recovery
 from report import append
-from runs import Row, by_name, losses
+from runs import Row, by_name
 
 LOG = ROOT / "experiments" / "runs.jsonl"
 
@@ -42,9 +39,6 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
 
     def tune(args, row, subject, seed):
         calls.append((row, subject, seed))
-        if args.log.exists():  # it may be replaced while a run goes on
-            args.log.rename(tmp_path / "old")
-            args.log.write_text((tmp_path / "old").read_text())
         found = scores[row.name, subject, seed]
         return {
             "trained": 1234,
@@ -73,17 +67,32 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
     assert len(calls) == 4
 
 
-def test_scales_recover_what_quantization_took(monkeypatch):
-    x0, words = toy.sample_scenes(64, torch.Generator().manual_seed(9))
-    t = torch.arange(64) * 15
+def test_a_log_that_is_replaced_during_a_run_is_appended_to(tmp_path):
+    log = tmp_path / "runs.jsonl"
+    append(log, {"row": "a"}, {"parts": 1})
+    log.rename(tmp_path / "old")
+    log.write_text((tmp_path / "old").read_text())
+    append(log, {"row": "b"}, {"parts": 1})
+    assert [line["row"] for line in report.lines(log)] == ["a", "b"]
 
-    def validation_loss(model):
-        generator = torch.Generator().manual_seed(1)
-        return losses(model, x0, words, t, generator).mean().item()
 
-    monkeypatch.setattr(recovery, "validation_loss", validation_loss)
-    found = recovery.recover(Recovery(2, "minmax", steps=8), 0)
-    assert found["after"] < 0.8 * found["before"]
+def test_a_cut_last_line_of_the_log_is_done_again(tmp_path):
+    log = tmp_path / "runs.jsonl"
+    append(log, {"row": "a", "seed": 0}, {"parts": 0.5})
+    with log.open("a") as file:
+        file.write('{"row": "b", "seed": 0, "par')
+    assert report.lines(log, row="b") == []
+    append(log, {"row": "b", "seed": 0}, {"parts": 0.7})
+    assert [line["parts"] for line in report.lines(log)] == [0.5, 0.7]
+    assert log.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("bad", ['{"row": "b", "par', "[1]", "\x00"])
+def test_any_other_bad_line_of_the_log_is_named(bad, tmp_path):
+    log = tmp_path / "runs.jsonl"
+    log.write_text(f'{{"row": "a"}}\n{bad}\n{{"row": "c"}}\n')
+    with pytest.raises(ValueError, match="runs.jsonl, line 2 isn't the line of a run"):
+        report.lines(log)
 
 
 def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
@@ -126,10 +135,10 @@ def test_scale_sets_stand_beside_their_starts(tmp_path, capsys):
     ]
 
 
-def test_without_runs_the_tables_are_empty(tmp_path, monkeypatch):
+def test_an_empty_table_is_not_written(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(tables, "write_table", lambda title, table: written.append(title))
-    for table in (tables.recovery, tables.one_subject, tables.several_subjects, tables.ablations):
+    for table in tables.TABLES.values():
         table(args_of(tmp_path, rows=["none"], write=True))
     assert written == []
 
@@ -145,9 +154,6 @@ def spoil(text, title, row, wrong):
 
 
 def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypatch, capsys):
-    for name in ("tune", "recover"):
-        monkeypatch.setattr(tables, name, lambda *_: pytest.fail("a run was started"))
-
     readme = tmp_path / "README.md"
     results = tmp_path / "RESULTS.md"
     shipped = {
@@ -172,7 +178,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
         document.write_text(text, encoding="utf-8")
     monkeypatch.setattr(report, "DOCUMENTS", [readme, results])
     for work in ("score_base", "tune", "recover", "calibrate_on"):
-        monkeypatch.setattr(tables, work, None)  # a call would end in an error
+        monkeypatch.setattr(tables, work, lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(tables.activations, "measure", lambda *_: pytest.fail("it was measured"))
     monkeypatch.chdir(tmp_path)
 
     for write in ([], ["--write"]):
@@ -187,7 +194,7 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "document, titles",
     [
-        ("README.md", ["one subject, in short"]),
+        ("README.md", ["one subject, in short", "scale sets, in short"]),
         (
             "experiments/RESULTS.md",
             [
@@ -198,6 +205,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
                 "one thing changed: differences",
                 "validation loss",
                 "timesteps of the data",
+                "scale sets",
+                "activations",
                 "tuning",
             ],
         ),

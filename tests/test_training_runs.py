@@ -1,4 +1,4 @@
-"""Runs that are stopped, that diverge, and whose flags or surroundings are wrong."""
+"""Runs that are stopped, that diverge, and in unusual surroundings."""
 
 import io
 import os
@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, contents_of, run
 
 import pretrain
 import runtime
@@ -23,7 +22,6 @@ from model import Diffusion
 from quant import deltas, quantize
 from runtime import BASE, load, load_model, save
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("--batch", 1, "--sample-steps", 1, "--device", "cpu")
 QUICK = (*SHORT, "--calibration", "minmax")
 FLOAT = (*SHORT, "--bits", 32)
@@ -80,6 +78,29 @@ def test_ctrl_c_while_torch_is_imported_is_not_a_traceback(script):
     _, err = process.communicate()
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in err
+
+
+def test_an_ignored_ctrl_c_stays_ignored_while_torch_is_imported():
+    command = [sys.executable, "-X", "importtime", "sample.py", "--help"]
+
+    def ignore():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=ignore,
+    )
+    for line in process.stderr:
+        if "torch" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "--cfg-scale" in out
 
 
 @pytest.mark.parametrize("step", [1, 3])  # of three
@@ -146,6 +167,16 @@ def test_a_script_does_not_need_stderr(tmp_path):
         assert subprocess.run(command, cwd=ROOT, stderr=stderr).returncode == 0
 
 
+def test_a_closed_pipe_ends_a_script_without_a_word():
+    """As after `| head`."""
+    log = ["--log", "experiments/runs.jsonl", "--rows", "none"]
+    command = [sys.executable, "experiments/tables.py", "several", *log]
+    with closed_pipe() as stdout:
+        ended = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 130
+    assert ended.stderr == ""
+
+
 def test_a_closed_terminal_does_not_change_what_a_signal_does(
     tmp_path, monkeypatch, number, no_images
 ):
@@ -162,6 +193,57 @@ def test_a_name_that_the_console_cannot_encode_is_escaped(tmp_path, monkeypatch)
     assert run(sample, "--n", 1, "--steps", 1, "--out", path) == 0
     assert path.exists()
     assert b"gr\\xf6\\xdfe.png" in shown.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# A step: its images, its loss, its rate
+# --------------------------------------------------------------------------------------------------
+
+
+def tuned_deltas(folder, prior):
+    flags = (*QUICK, "--batch", 2, "--steps", 2, "--prior", prior, "--out", folder)
+    assert run(train, *flags) == 0
+    return load(folder / "adapter.pt", "adapter")["deltas"]
+
+
+@pytest.mark.parametrize("prior", [0, 0.3])
+def test_prior_weighs_the_class_images(prior, tmp_path, monkeypatch, no_images):
+    sample_scenes = toy.sample_scenes
+
+    def black_scenes(*args, **kwargs):
+        images, words = sample_scenes(*args, **kwargs)
+        return torch.full_like(images, -1), words
+
+    first = tuned_deltas(tmp_path, prior)
+    monkeypatch.setattr(toy, "sample_scenes", black_scenes)
+    second = tuned_deltas(tmp_path, prior)
+    assert first.any()
+    assert torch.equal(first, second) == (prior == 0)
+
+
+def test_a_batch_is_the_subject_and_scenes_of_the_class():
+    instance, captions = toy.load_subject(BASE.parent / "subjects" / "mo")
+    generator = torch.Generator().manual_seed(0)
+    x0, words, t = train.draw_batch(200, instance, captions, Diffusion(), generator)
+    assert x0.shape == (400, 3, 16, 16)
+    of_subject = (x0[:, None] == instance).flatten(2).all(2).any(1)
+    assert of_subject[:200].all()
+    assert not of_subject[200:].any()
+    assert (words[:200, :2] == torch.tensor(toy.caption("sks creature")[:2])).all()
+    for slot in range(4, 7):  # place and background, dropped for some
+        assert set((words[:200, slot] == 0).tolist()) == {False, True}
+    assert not torch.isin(words[200:], torch.tensor([toy.WORD[word] for word in toy.RARE])).any()
+    for half in (t[:200], t[200:]):
+        assert torch.equal(half // 5, torch.arange(200))  # evenly spread
+
+
+def test_rates_rise_at_first_and_fall_to_zero():
+    args = train.arguments(["--lr", "0.5", "--steps", "1000"])
+    rates = [train.learning_rate(args, step) for step in (0, 19, 500, 999)]
+    assert rates == pytest.approx([0.5 / 20, 0.5 * 0.981, 0.25, 0.0005])
+    args = pretrain.arguments(["--lr", "0.5", "--steps", "3000"])
+    rates = [pretrain.learning_rate(args, step) for step in (0, 99, 2000, 2500, 2999)]
+    assert rates == pytest.approx([0.005, 0.5, 0.5, 0.25, 0.0005])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +278,9 @@ def test_the_last_update_is_checked(kind, tmp_path, monkeypatch, capsys, no_imag
     before = contents(tmp_path)
     nan_gradient_in_step(3, monkeypatch)
     assert run(train, *flags) == 2
-    message = "no longer finite after step 3; --lr .* lower it \\(no state was saved yet\\)"
+    message = (
+        "no longer finite after step 3; --lr .* lower it \\(this run has saved no state yet\\)"
+    )
     assert re.search(message, capsys.readouterr().err)
     assert contents(tmp_path) == before
 
@@ -210,6 +294,27 @@ def test_the_update_before_a_state_is_saved_is_checked(tmp_path, monkeypatch, ca
     assert state["step"] == 2
     for p in state["trained"].values():
         assert p.isfinite().all()
+
+
+def test_a_loss_that_is_nan_names_step_timesteps_and_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "SAVE_EVERY", 2)
+    flags = ["--steps", "9", "--batch", "2", "--buckets", "2", "--device", "cpu"]
+    args = train.arguments([*flags, "--out", str(tmp_path)])
+    model = quantize(load_model(BASE), 4, 2, calibration="minmax")
+    subject = toy.load_subject(BASE.parent / "subjects" / "mo", train.SUBJECT_WORD)
+    calls = []
+
+    def squared_error(self, v, x0, t, eps):
+        calls.append(0)
+        is_wrong = (t < 500) & (len(calls) > 3)
+        return (v - eps).square().mean((1, 2, 3)) * torch.where(is_wrong, torch.nan, 1)
+
+    monkeypatch.setattr(train.Diffusion, "squared_error", squared_error)
+    message = r"after 3 steps, at t = \d+ .. [1-4]?\d?\d; .*state.pt has step 2"
+    with pytest.raises(ValueError, match=message):
+        train.finetune(model, args, *subject)
+    for delta in deltas(model).values():
+        assert delta.isfinite().all()
 
 
 def test_the_last_update_of_pretraining_is_checked(tmp_path, monkeypatch, capsys):
@@ -239,8 +344,7 @@ def test_images_that_are_not_finite_replace_nothing(tmp_path, monkeypatch, capsy
 def test_sample_does_not_write_images_that_are_not_finite(tmp_path, capsys):
     model = quantize(load_model(BASE), 4, calibration="minmax")
     diverge(model)
-    saved = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
-    save({**saved, "model": model.state_dict()}, tmp_path / "tuned.pt")
+    save(contents_of(model), tmp_path / "tuned.pt")
     image = tmp_path / "a.png"
     assert run(sample, "--ckpt", tmp_path / "tuned.pt", "--steps", 1, "--out", image) == 2
     assert "the images aren't finite" in capsys.readouterr().err
@@ -248,178 +352,8 @@ def test_sample_does_not_write_images_that_are_not_finite(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# An image depends on its caption, the seed and its place, and on no other image
+# Names and surroundings
 # --------------------------------------------------------------------------------------------------
-
-
-class Shrink(torch.nn.Module):
-    """A model that computes each value by itself, so that no batch rounds in another way."""
-
-    def __init__(self):
-        super().__init__()
-        self.factor = torch.nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, x, t, words):
-        return self.factor * x + 0.01 * words.sum(1).view(-1, 1, 1, 1)
-
-
-PROMPTS = ("red circle", "sks creature", "blue square on plain pink", "red circle", "red circle")
-
-
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_an_image_is_the_same_however_many_are_drawn(sampler, chunk):
-    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
-
-    def draw(words, **kwargs):
-        return sample.sample(Shrink(), words, 5, sampler, seed=3, **kwargs)
-
-    images = draw(words, chunk=chunk)
-    for n in range(1, len(words) + 1):
-        assert torch.equal(draw(words[:n]), images[:n])
-    others = draw(words.flip(0), chunk=chunk)
-    assert torch.equal(others[2], images[2])  # the same caption in the same place
-    assert not torch.equal(images[3], images[4])  # the same caption in another place
-
-
-def test_a_real_image_is_the_same_however_many_are_drawn():
-    model = load_model(BASE)
-    words = torch.tensor([toy.caption(prompt) for prompt in PROMPTS])
-    images = sample.sample(model, words, 3, chunk=2)
-    alone = sample.sample(model, words[:1], 3)
-    torch.testing.assert_close(images[:1], alone, rtol=0, atol=1e-3)  # batches round differently
-
-
-def test_no_two_images_of_any_seeds_share_their_noise():
-    seen = set()
-    for seed in range(100):
-        for noise in sample.draw_noise(sample.noise_generators(seed, 40)):
-            seen.add(noise.flatten()[0].item() + 1000 * noise.flatten()[1].item())
-    assert len(seen) == 100 * 40
-
-
-# --------------------------------------------------------------------------------------------------
-# The base is that of the last step
-# --------------------------------------------------------------------------------------------------
-
-PRETRAINING = ("--batch", 1, "--steps", 2, "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a pretraining of two steps that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "score_base", lambda *_: None)
-        assert run(pretrain, *PRETRAINING, "--out", folder) == 0
-    return folder
-
-
-class Killed(BaseException):
-    """What no handler catches, as if the process was killed."""
-
-
-@pytest.mark.parametrize("write", [1, 2, 3, 4])
-def test_a_pretraining_killed_before_a_write_resumes_to_its_last_base(
-    write, whole, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
-    monkeypatch.setattr(runtime, "SAVE_EVERY", 1)  # so there are two writes after each step
-    writes = []
-
-    def save_or_die(*args):
-        writes.append(0)
-        if len(writes) == write:
-            raise Killed
-        save(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretrain, "save", save_or_die)
-        run(pretrain, *PRETRAINING, "--out", tmp_path)
-    resume = ["--resume"] if (tmp_path / "state.pt").exists() else []
-    assert run(pretrain, *PRETRAINING, "--out", tmp_path, *resume) == 0
-    assert (tmp_path / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: shutil.copy(BASE, path)])
-def test_a_finished_pretraining_resumes_to_its_base(damage, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
-    folder = tmp_path / "copy"
-    shutil.copytree(whole, folder)
-    damage(folder / "base.pt")
-    assert run(pretrain, *PRETRAINING, "--out", folder, "--resume") == 0
-    assert (folder / "base.pt").read_bytes() == (whole / "base.pt").read_bytes()
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags and surroundings that don't fit are refused, in one sentence
-# --------------------------------------------------------------------------------------------------
-
-REFUSED = [
-    # script, command, what the sentence names
-    (train, "--bits 32 --buckets 1", "--buckets"),
-    (train, "--bits 32 --buckets 2 --scales out", "--scales and --buckets"),
-    (train, "--calibration rowcol --bits 32", "--calibration"),
-    (train, "--subject=", "--subject"),
-    (train, "--base=", "--base"),
-    (train, "--out=", "--out"),
-    (pretrain, "--out=", "--out"),
-    (sample, "--ckpt=", "--ckpt"),
-    (sample, "--adapter=", "--adapter"),
-    (sample, "--out=", "--out"),
-    (sample, "--packed", "--packed needs a quantized model"),
-    *((script, f"--seed {2**32}", "--seed") for script in (train, pretrain, sample)),  # as seed 0
-]
-# pretraining has none of fine-tuning's own flags
-for flag in (
-    "bits 4",
-    "scales out",
-    "buckets 2",
-    "calibration mse",
-    "subject mo",
-    "base data/base.pt",
-):
-    REFUSED.append((pretrain, f"--{flag}", f"--{flag}"))
-for flag in ("prior 1", "sample-steps 1", "checkpoint"):
-    REFUSED.append((pretrain, f"--{flag}", f"--{flag}"))
-
-
-@pytest.mark.parametrize("script, command, culprit", REFUSED)
-def test_flags_that_would_be_ignored_are_refused(
-    script, command, culprit, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    for module, name in ((train, "finetune"), (pretrain, "pretrain"), (sample, "sample")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it wasn't refused"))
-    monkeypatch.setattr(train, "evaluate", lambda *_: (None, None))
-    assert run(script, *command.split()) == 2
-    err = capsys.readouterr().err
-    assert culprit in err
-    assert len(err.splitlines()) == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize(
-    "script, rank, world_size",
-    [
-        ("train.py", "1", None),
-        ("train.py", None, "2"),
-        ("train.py", "2", "2"),
-        ("train.py", "a", "2"),
-        ("pretrain.py", "0", None),
-    ],
-)
-def test_half_of_what_torchrun_sets_is_refused(script, rank, world_size, tmp_path):
-    environment = {"RANK": rank, "WORLD_SIZE": world_size}
-    given = {name: value for name, value in environment.items() if value is not None}
-    command = [sys.executable, ROOT / script, "--steps", "1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **given}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert f"RANK is {rank or 'not set'} and WORLD_SIZE is {world_size or 'not set'}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_named_as_a_shipped_subject_is_ambiguous(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run
+from conftest import contents_of, run
 
 import runtime
 import sample
@@ -73,14 +73,15 @@ def test_an_adapter_carries_the_word_to_the_base(tuned):
         assert torch.equal(model(x, t, words), other(x, t, words))
 
 
-def test_sample_takes_it(tuned, tmp_path):
+def test_sample_draws_with_the_trained_word(tuned, tmp_path):
     base = tmp_path / "base.pt"
-    model = quantize(load_model(BASE), calibration="minmax")
-    header = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
-    save({**header, "model": model.state_dict()}, base)
-    flags = ["--ckpt", base, "--n", 1, "--steps", 1, "--prompt", "sks creature"]
-    flags += ["--adapter", tuned / "adapter.pt", "--out", tmp_path / "a.png"]
-    assert run(sample, *flags) == 0
+    save(contents_of(quantize(load_model(BASE), calibration="minmax")), base)
+    drawn = []
+    for model in ([base, "--adapter", tuned / "adapter.pt"], [tuned / "tuned.pt"]):
+        flags = ["--n", 1, "--steps", 2, "--prompt", "sks creature", "--out", tmp_path / "a.png"]
+        assert run(sample, "--ckpt", *model, *flags) == 0
+        drawn.append((tmp_path / "a.png").read_bytes())
+    assert drawn[0] == drawn[1]
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tuned, tmp_path, monkeypatch):
