@@ -1,4 +1,4 @@
-"""What the tests share: one thread and one seed for PyTorch, and a script without a new process."""
+"""What the tests share: one thread and one seed, scripts without new processes, models, files."""
 
 import os
 import struct
@@ -39,15 +39,6 @@ def run(script, *args):
         sys.argv = before
 
 
-@torch.no_grad()
-def spread(model):
-    """model with deltas that are no longer zero, the same each time, so that the buckets differ."""
-    generator = torch.Generator().manual_seed(1)
-    for delta in deltas(model).values():
-        delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
-    return model
-
-
 def error_of(script, *args, capsys):
     """Run a script that ends with exit code 2, and return its one sentence."""
     assert run(script, *args) == 2
@@ -61,6 +52,15 @@ def error_of(script, *args, capsys):
 def no_scores(monkeypatch):
     """pretrain.py doesn't draw the 400 images that it scores."""
     monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+
+
+@torch.no_grad()
+def spread(model):
+    """model with deltas that are no longer zero, the same each time, so that the buckets differ."""
+    generator = torch.Generator().manual_seed(1)
+    for delta in deltas(model).values():
+        delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
+    return model
 
 
 def contents_of(model):
