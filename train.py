@@ -93,7 +93,7 @@ def arguments(argv=None):
         lr_help="learning rate (default: 0.03 for scales, 0.001 at 32 bits)",
         batch=8,
         batch_help="instance images in a step of each process, and as many class images",
-        out_help="folder to write (default: out/SUBJECT-BITSbit)",
+        out_help="folder to write (default: by subject, bits and method, such as out/mo-4bit)",
     )
     run.add_argument(
         "--subject",
@@ -119,9 +119,22 @@ def arguments(argv=None):
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
-        name = Path(args.subject).resolve().name
-        args.out = Path("out") / f"{name}-{args.bits}bit"
+        args.out = Path("out") / name_of_run(args)
     return args
+
+
+def name_of_run(args):
+    """The name of the default folder, so that one method doesn't replace another's results."""
+    parts = [Path(args.subject).resolve().name, f"{args.bits}bit"]
+    if args.scales != "out+in":
+        parts.append(args.scales)
+    if args.buckets > 1:
+        parts.append(f"{args.buckets}buckets")
+    if args.calibration != "rowcol":
+        parts.append(args.calibration)
+    if args.train_words:
+        parts.append("words")
+    return "-".join(parts)
 
 
 def refuse_quantizer_flags(parser, argv):
@@ -286,7 +299,11 @@ def main():
     # quantize
     header = {"kind": "model", "config": model.config}
     if args.bits < 32:
-        data = calibration_data(args.device) if args.calibration == "gptq" else None
+        data = None
+        if args.calibration == "gptq":
+            data = calibration_data(args.device)
+            if RANK == 0:
+                print("calibrating layer by layer, about half a minute on a CPU", flush=True)
         T = Diffusion().T
         quantize(model, args.bits, args.buckets, T, args.scales, args.calibration, data=data)
         header = {

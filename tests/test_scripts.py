@@ -195,9 +195,11 @@ def test_the_scores_before_come_first(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("0.25 -> 0.75") == 3
 
 
-def test_results_go_to_out_unless_another_folder_is_given():
+def test_the_default_folder_is_named_by_subject_bits_and_method():
     assert train.arguments([]).out == Path("out/mo-4bit")
     assert train.arguments(["--bits", "32", "--subject", "a/zed/"]).out == Path("out/zed-32bit")
+    peqa = ["--scales", "out", "--buckets", "2", "--calibration", "gptq", "--train-words"]
+    assert train.arguments(peqa).out == Path("out/mo-4bit-out-2buckets-gptq-words")
     assert pretrain.arguments([]).out == Path("out/pretrain")
 
 
