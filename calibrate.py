@@ -105,7 +105,7 @@ def rowcol(w: Tensor, n_bits: int, rounds: int = 12) -> Grid:
 
 
 def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
-    """Scales s_in (G, 1, I, 1) of the columns that, with others for the rows, even out a weight.
+    """Scales s_in (G, 1, I, 1) of columns: divided by them, and by others of rows, w is even.
 
     All weights of a row share its grid. If columns differ in size, the large ones make the steps
     wide, and the small ones are rounded to a few codes. Sinkhorn's iteration divides rows and
@@ -136,10 +136,10 @@ def balance_columns(w: Tensor, rounds: int = 16) -> Tensor:
 def deviation(w: Tensor, dims: tuple[int, int]) -> Tensor:
     """The standard deviation of w over dims, which are kept with size 1.
 
-    All deviations are brought to the smallest, so a row or column that has nearly none must not set
-    it. Weights that are nearly equal, and far from 0, need a wide grid all the same, as it includes
-    0: their deviation counts as at least a third of the root mean square. That of zeros counts as
-    the largest of all.
+    balance_columns divides all rows and columns down to the smallest deviation, so one with
+    nearly none must not be the smallest. Weights that are nearly equal, and far from 0, need a
+    wide grid all the same, as it includes 0: their deviation counts as at least a third of their
+    root mean square. A row or column of zeros counts as having the largest deviation.
     """
     std = w.std(dims, keepdim=True, correction=0)
     root_mean_square = w.square().mean(dims, keepdim=True).sqrt()
@@ -163,11 +163,11 @@ DAMPING = 0.01  # this share of average(h) is added to the diagonal of h
 
 
 class Moments(NamedTuple):
-    """Sums over all samples, and over all pixels of a layer's output.
+    """Sums over all samples, and over all positions of a layer's output.
 
-    For one of these, a group of the layer has J = I * K inputs: x when all layers before it are
-    quantized, x_float in the float network. With J = 23,040, the most in Stable Diffusion 1.5, h
-    and cross take 2.1 GB each in float32.
+    For one position, a group of the layer has J = I * K inputs. They are called x when the layers
+    before it are quantized, and x_float in the float network. With J = 23,040, the most in Stable
+    Diffusion 1.5, h and cross take 2.1 GB each in float32.
     """
 
     h: Tensor  # (G, J, J), the sum of x x^T; half the Hessian of the squared error of an output

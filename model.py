@@ -94,7 +94,7 @@ def call(block, *args):
 def call_checkpointed(block, *args, context_fn):
     """block(*args), of which only args are kept for backward: there the block is run again."""
     options = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
-    if not torch.compiler.is_compiling():  # torch.compile takes none; its graph has the timesteps
+    if not torch.compiler.is_compiling():  # which takes no context_fn: its graph has the timesteps
         options["context_fn"] = context_fn
     return checkpoint(block, *args, **options)
 
@@ -213,7 +213,8 @@ def timestep_embedding(t: Tensor, c: int, period: float = 10000) -> Tensor:
 class Diffusion:
     """The DDPM process of T timesteps, with the cosine schedule (Nichol and Dhariwal 2021).
 
-    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM, eq. 4). The model predicts
+    x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM, eq. 4): x0 is the image, eps normal noise,
+    and abar is alphas_cumprod, which falls from nearly 1 to nearly 0. The model predicts
 
         v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0                  (Salimans and Ho 2022)
 

@@ -1,7 +1,7 @@
 """Make the base, a float UNet that knows the toy world: python pretrain.py
 
-It takes hours on a CPU. The base that ships, data/base.pt, was made this way (see
-experiments/RESULTS.md).
+It takes hours on a CPU. The base that ships, data/base.pt, was made by three such runs, each
+resumed from the one before, with changes in between: see experiments/RESULTS.md.
 """
 
 if __name__ == "__main__":

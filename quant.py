@@ -30,9 +30,10 @@ The last two are this simple because exp is its own derivative. y[o] - bias[o] i
 times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y depends
 on d_in[i] only through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
 
-So no gradient of a weight is ever computed. For backward a layer keeps x (if d_in trains), y (if
-d_out trains; W x, if y has a bias in half precision) and its packed integers. The float W lives for
-one matmul at a time, and backward builds it again.
+So no gradient of a weight is ever computed. For backward a layer keeps its packed integers, x (if
+d_in trains) and y (if d_out trains). In half precision a layer with a bias keeps W x instead of y:
+see bias_can_be_subtracted. The float W lives for one matmul at a time, and backward builds it
+again.
 
 If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has the scales
 of the base (s_out and s_in without deltas), and the exp(d_in) and exp(d_out) of each sample's
@@ -162,7 +163,8 @@ class Batch(NamedTuple):
     buckets: list[int]  # the B buckets in the batch, in increasing order
     slot: Tensor  # each sample's place in buckets: (N,), or (1,) if one timestep is for all
     outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
-    # the caller has found the buckets: a CUDA graph can't read timesteps (experiments/graphs.py)
+    # the buckets were found before the call, and enter_call leaves them: a CUDA graph can't read
+    # timesteps (experiments/graphs.py)
     is_fixed: bool = False
 
 
@@ -207,8 +209,8 @@ def enter_call(model, args, kwargs):
 def leave_call(model, *_):
     """After the model's forward, even if it failed, so that a layer called on its own raises.
 
-    After KeyboardInterrupt PyTorch calls no hook. That batch then stays below those of later calls,
-    which are right all the same.
+    After KeyboardInterrupt PyTorch calls no hook. That batch then stays, as the outer one of later
+    calls. They are right all the same, but a layer called on its own no longer raises.
     """
     batch = current.batch
     if batch is not None and batch.model is model and not batch.is_fixed:
@@ -299,7 +301,7 @@ class OneBucket(torch.autograd.Function):
         if train_in:
             grad_in = layer.gradient_of(d_in, gx, x)                # (I,)
 
-        # dL/dbias = sum of g
+        # dL/dbias = sum of g, for whoever lets a bias train: quantize freezes it
         if train_bias:
             dims = layer.batch_dims(g)                              # samples and positions
             grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
@@ -360,7 +362,7 @@ class MixedBuckets(torch.autograd.Function):
         if train_in:
             grad_in = layer.gradient_of(d_in, gx, x, None, slot)    # (B, I)
 
-        # dL/dbias = sum of g
+        # dL/dbias = sum of g, for whoever lets a bias train: quantize freezes it
         if train_bias:
             dims = layer.batch_dims(g)                              # samples and positions
             grad_bias = sum_over(g, dims, bias.dtype)               # (O,)
@@ -416,8 +418,8 @@ class QuantLayer(nn.Module):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.bias = bias
 
-        # always channels_last: the sums of a calibration depend on the order in memory, if only by
-        # rounding, and the codes must not
+        # always channels_last: in another order the sums of a calibration round otherwise, and the
+        # codes must not depend on the order in memory
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups
         grouped = weight.reshape(self.groups, rows, weight.shape[1], -1)  # (G, O, I, K)
@@ -527,7 +529,7 @@ class QuantLayer(nn.Module):
     def gradient_of(self, d: Tensor, a: Tensor, b: Tensor, bias=None, slot=None) -> Tensor:
         """dL/dd: a * (b - bias), summed over all samples and positions that share a delta.
 
-        The plain code sums a * b and a, which takes one pass less than to subtract first.
+        Without kernels, a * b and a are summed apart, which needs no copy of b - bias.
         a, b: (N, ...), with C channels. bias: (C,). d: (C,), if all samples share a bucket; else
         (B, C), with slot (N,).
         """
@@ -687,10 +689,10 @@ def quantize(
     keep_float: patterns of names of layers to leave as they are.
     edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
         ignored.
-    data: for gptq alone, batches that model is called with: tuples of positional arguments, or
-        dicts of keyword arguments. They should show noisy images at all timesteps; a hundred images
-        suffice. The model is called twice on each batch for each layer, and stopped at that layer
-        by an exception. It must call the same layers in the same order each time.
+    data: for gptq (the others ignore them), batches that model is called with: tuples of positional
+        arguments, or dicts of keyword arguments. They should show noisy images at all timesteps; a
+        hundred images suffice. The model is called twice on each batch for each layer, and stopped
+        at that layer by an exception. It must call the same layers in the same order each time.
 
     Raises ValueError before anything is changed: for arguments out of range, for patterns that fit
     no module, for a model that is quantized already or has nothing to quantize, for data that don't
@@ -1043,8 +1045,9 @@ def named_by(also: Iterable[str], model: nn.Module) -> dict[str, nn.Parameter]:
 def fingerprint(model: nn.Module, also: Iterable[str] = ()) -> str:
     """SHA-256 over the base: all parameters but deltas, and the integers and scales of each layer.
 
-    also: names of other parameters to leave out, because they are trained, too. Buffers may change
-    in training, such as the running statistics of BatchNorm.
+    also: names of other parameters to leave out, because they are trained, too. Buffers of other
+    modules, such as the running statistics of BatchNorm, are left out as well: training may change
+    them.
     """
     trained = {id(p) for p in (*deltas(model).values(), *named_by(also, model).values())}
     model = unwrapped(model)
@@ -1093,8 +1096,9 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
     """Put the deltas of an adapter into model, and what else was trained.
 
     Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
-    as it was. A base has to be the same bit by bit: load the adapter before model.half() or the
-    like, and into the saved base rather than one that another processor has quantized.
+    as it was. The base has to be the same bit for bit: load the adapter in the dtype that it was
+    trained in, and cast the model afterwards; and load it into the saved base rather than one that
+    another processor has quantized.
     """
     check_adapter(model, saved)
     mine = deltas(model).values()
@@ -1129,7 +1133,7 @@ def check_adapter(model: nn.Module, saved: dict) -> None:
     if not same_base:
         raise ValueError(
             f"{other}, of another dtype or other weights (an adapter with more than deltas changes "
-            f"them, and quantizing on another processor rounds otherwise); {give}"
+            f"them, and quantizing on another processor rounds differently); {give}"
         )
 
     count = sum(delta.numel() for delta in deltas(model).values())
@@ -1166,7 +1170,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     num_buckets = len(config_of(model)["edges"]) - 1
     if not 0 <= bucket_index < num_buckets:
         last = num_buckets - 1
-        raise IndexError(f"there is no bucket {bucket_index}: the model has 0 to {last}")
+        raise IndexError(f"there is no bucket {bucket_index}: the last one is {last}")
     model = copy.deepcopy(model)
     plain_of = {}  # a layer used in two places stays one layer
     for name, layer in list(model.named_modules(remove_duplicate=False)):

@@ -686,8 +686,8 @@ class Loop:
 
     It shows a progress bar. It calls save_state(step) every SAVE_EVERY steps, after the last step,
     and on a stop signal (Ctrl-C, SIGTERM, SIGHUP), which lets the current step end and then ends
-    the script. T: of the timesteps, for each quarter of which the loss is shown. trained: the
-    parameters, which must be finite to be saved.
+    the script. T: the end of the timesteps 0 .. T, for each quarter of which the loss is
+    shown. trained: the parameters, which must be finite to be saved.
     """
 
     def __init__(self, title, args, first, T, trained, save_state):
@@ -739,9 +739,9 @@ class Loop:
             sys.exit(128 + self.stopped_by)
 
     def check_trained(self, done):
-        """Raise ValueError if a parameter isn't finite as float16, which the files hold.
+        """Raise ValueError if a parameter isn't finite as float16, the dtype of what is shared.
 
-        watch has seen the loss before this update, and not after it.
+        watch has seen the loss before the last update, but not after it.
         """
         if not all(p.detach().half().isfinite().all() for p in self.trained):
             raise ValueError(
@@ -770,8 +770,11 @@ class Loop:
 
     def diverged(self, t):
         """Raise ValueError: the loss isn't finite at timesteps t (n,)."""
+        low = t.min().item()
+        high = t.max().item()
+        where = f"t = {low}" if low == high else f"timesteps from {low} to {high}"
         raise ValueError(
-            f"the loss is no longer finite after {self.step} steps, at t = {t.min()} .. {t.max()}; "
+            f"the loss is no longer finite after {self.step} steps, at {where}; "
             f"--lr {self.args.lr} is too high, lower it ({self.last_good()})"
         )
 

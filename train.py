@@ -167,8 +167,8 @@ def train_words(model, captions):
 def finetune(model, args, instance, captions, state=None, inputs=None):
     """Train all parameters that require a gradient.
 
-    Of a quantized model, these are the deltas, by which the frozen scales are multiplied as
-    exp(delta): a set for each bucket of timesteps.
+    In a quantized model, these are the deltas: exp(delta) multiplies a frozen scale, and each
+    bucket of timesteps has a set of them.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
     has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.

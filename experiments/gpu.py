@@ -323,7 +323,7 @@ def main():
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="tiny models, to try this script; on a CPU, without kernels and graphs",
+        help="tiny models, to try this script (on a CPU no kernels or graphs run)",
     )
     parser.device()
     args = parser.parse_args()

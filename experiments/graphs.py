@@ -50,8 +50,9 @@ class Graphed:
         several buckets.
         """
         buckets, slot = self.buckets_of_batch(t)
-        slot = slot.to(x.device)
-        tensors = (x, t.to(x.device), *others)
+        # with t on the CPU, nothing here waits for what the GPU has yet to do
+        slot = slot.to(x.device, non_blocking=True)
+        tensors = (x, t.to(x.device, non_blocking=True), *others)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         modes = (self.model.training, torch.is_grad_enabled(), autocast)

@@ -456,7 +456,7 @@ class Cached(Net):
 class Routed(Net):
     """The second layer sees the samples for which the first one decides so.
 
-    Rounded weights decide otherwise for some of them.
+    Rounded weights decide differently for some of them.
     """
 
     def forward(self, x, t=None):
@@ -512,6 +512,14 @@ def test_a_half_precision_layer_gets_the_integers_of_its_float32_copy(dtype, cal
     quantize(half, calibration=calibration, data=[(x,)])
     quantize(full, calibration=calibration, data=[(x.float(),)])
     assert torch.equal(half[0].codes, full[0].codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_of_half_precision_see_those_before_them_quantized(dtype):
+    data = [(x.to(dtype), t) for x, t in DATA]
+    y = quantize(copy.deepcopy(NET).to(dtype), data=data)(*data[0])
+    assert y.dtype == dtype
+    assert y.isfinite().all()
 
 
 def test_autocast_around_quantize_changes_no_integers():

@@ -633,8 +633,16 @@ def test_a_delta_that_float16_cannot_hold_is_not_saved():
     model = quantize(Net())
     with torch.no_grad():
         model.first.d_out_0[0] = 70000
-    with pytest.raises(ValueError, match="diverged"):
+    with pytest.raises(ValueError, match="a delta isn't finite: the training has diverged"):
         adapter(model)
+
+
+def test_what_else_is_not_finite_is_not_saved():
+    model = with_norm()
+    with torch.no_grad():
+        model[1].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="1.weight isn't finite: the training has diverged"):
+        adapter(model, also=["1.weight"])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ for script, flag, values in WRONG_NUMBERS:
 
 
 def assert_one_sentence(script, *args, capsys, words):
-    """The script ends with one line for users, and all of words are in it."""
+    """The script ends with one line for users, and has each of words."""
     error = error_of(script, *args, capsys=capsys)
     assert "Traceback" not in error
     assert ": [Errno" not in error
@@ -182,7 +182,7 @@ def make_wrong_states(folder):
     for name in ("no-state", "damaged-state", "other-state", "other-run", "old-state"):
         (folder / name).mkdir()
     flags = runtime.describe(train.arguments(["--device", "cpu"]))
-    other_flags = {**flags, "bits": "3"}
+    other_flags = {**flags, "bits": "3", "lr": "0.5"}
     old_flags = {key: value for key, value in flags.items() if key != "bits"}
     inputs = {"base": "", "subject": ""}
     other_run = {"kind": "fine-tuning", "inputs": inputs, "args": other_flags}
@@ -298,10 +298,10 @@ ADAPTERS = {  # --adapter, and the reason
 }
 
 STATES = {  # the --out of --resume, and the reason
-    "no-state": "start without --resume",
+    "no-state": "doesn't exist, so nothing can go on",
     "damaged-state": "damaged or not a checkpoint",
     "other-state": "of kind 'model'",
-    "other-run": "a run with --bits 3",
+    "other-run": "a run with --bits 3 --lr 0.5;",
     "old-state": "a run with no --bits",
 }
 
@@ -379,7 +379,7 @@ def test_more_processes_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Flags that are empty or without effect, and half of torchrun
+# Flags that are empty or without effect, and half of what torchrun sets
 # --------------------------------------------------------------------------------------------------
 
 REFUSED = [

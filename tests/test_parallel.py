@@ -87,6 +87,7 @@ def step_counts(state):
 
 def assert_same_gradients(two, one, tolerance):
     """The optimizers have averaged the same gradients, to a relative tolerance."""
+    assert two["optimizer"]["state"].keys() == one["optimizer"]["state"].keys()
     for key, moments in one["optimizer"]["state"].items():
         a = two["optimizer"]["state"][key]["exp_avg"]
         b = moments["exp_avg"]
@@ -114,6 +115,9 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch, flags
     assert two["step"] == 20
     assert torch.equal(two["generator"], one["generator"])
     assert_same_gradients(two, one, tolerance=0.01)
+    moved = max(p.abs().max().item() for p in one["trained"].values())
+    for name, p in one["trained"].items():
+        torch.testing.assert_close(two["trained"][name], p, rtol=0, atol=2e-3 * moved)
 
     # a bucket's deltas are moved in the steps in which any process drew it, and in no others
     counts = step_counts(one)
@@ -141,6 +145,7 @@ def test_pretraining_in_two_processes_is_that_of_one_with_twice_the_batch(tmp_pa
     two = state_of(tmp_path / "two", "pretraining")
     assert torch.equal(two["generator"], one["generator"])
     assert_same_gradients(two, one, tolerance=0.05)
+    assert step_counts(two) == step_counts(one)
 
 
 def children_of(pid):

@@ -131,7 +131,8 @@ def test_an_adapter_on_its_base_draws_what_tuned_pt_draws(tuned, tmp_path):
     assert base_image != tuned_image
 
 
-def test_the_flags_of_sample_reach_the_sampler(tuned, tmp_path, monkeypatch):
+def test_the_flags_of_sample_reach_the_sampler(tmp_path, monkeypatch):
+    save(contents_of(quantize(load_model(BASE), calibration="minmax")), tmp_path / "tuned.pt")
     given = {}
 
     def note(model, words, steps, sampler, cfg_scale, seed, **kwargs):
@@ -140,7 +141,7 @@ def test_the_flags_of_sample_reach_the_sampler(tuned, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "sample", note)
     flags = ["--steps", 7, "--sampler", "ddim", "--cfg-scale", 1.5, "--seed", 5, "--packed"]
-    flags += ["--ckpt", tuned[0] / "tuned.pt", "--n", 9, "--out", tmp_path / "a.png"]
+    flags += ["--ckpt", tmp_path / "tuned.pt", "--n", 9, "--out", tmp_path / "a.png"]
     assert run(sample, *flags) == 0
     expected = {"steps": 7, "sampler": "ddim", "cfg_scale": 1.5, "seed": 5, "packed": True}
     assert given == {**expected, "progress": True}
@@ -317,10 +318,16 @@ def test_the_shares_of_right_images_are_printed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script", [train, pretrain])
 def test_compile_compiles_the_model_that_is_trained(script, tmp_path, monkeypatch, no_scores):
     compiled = []
+    calls = []
 
     def compile_(model):
         compiled.append(type(model))
-        return model
+
+        def compiled_model(*args):
+            calls.append(len(args))
+            return model(*args)
+
+        return compiled_model
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(runtime.shutil, "which", lambda name: name)  # a compiler is there
@@ -330,3 +337,4 @@ def test_compile_compiles_the_model_that_is_trained(script, tmp_path, monkeypatc
     assert compiled == []
     assert run(script, *flags, "--compile") == 0
     assert compiled == [UNet]
+    assert calls == [3]  # x_t, t, words

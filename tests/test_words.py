@@ -76,12 +76,19 @@ def test_an_adapter_carries_the_word_to_the_base(tuned):
 def test_sample_draws_with_the_trained_word(tuned, tmp_path):
     base = tmp_path / "base.pt"
     save(contents_of(quantize(load_model(BASE), calibration="minmax")), base)
+    without = load(tuned / "tuned.pt", "quantized")
+    without["model"]["words.weight"] = words_of(load_model(BASE))
+    save(without, tmp_path / "without.pt")
     drawn = []
-    for model in ([base, "--adapter", tuned / "adapter.pt"], [tuned / "tuned.pt"]):
+    for model in (
+        [base, "--adapter", tuned / "adapter.pt"],
+        [tuned / "tuned.pt"],
+        [tmp_path / "without.pt"],
+    ):
         flags = ["--n", 1, "--steps", 2, "--prompt", "sks creature", "--out", tmp_path / "a.png"]
         assert run(sample, "--ckpt", *model, *flags) == 0
         drawn.append((tmp_path / "a.png").read_bytes())
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tuned, tmp_path, monkeypatch):
