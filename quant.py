@@ -418,7 +418,7 @@ class QuantLayer(nn.Module):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.bias = bias
 
-        # always channels_last: in another order the sums of a calibration round otherwise, and the
+        # always channels_last: in another order a calibration rounds differently, and the
         # codes must not depend on the order in memory
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         rows = len(weight) // self.groups

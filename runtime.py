@@ -739,7 +739,7 @@ class Loop:
             sys.exit(128 + self.stopped_by)
 
     def check_trained(self, done):
-        """Raise ValueError if a parameter isn't finite as float16, the dtype of what is shared.
+        """Raise ValueError if a parameter isn't finite as float16, the dtype of an adapter.
 
         watch has seen the loss before the last update, but not after it.
         """
