@@ -6,14 +6,12 @@ channels and H x W pixels, D channels inside the UNet, captions of L words. Time
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 # The formatter would move the shape comments out of their column.
 # fmt: off
@@ -79,24 +77,11 @@ class Stage(nn.ModuleList):
         if attention:
             self.append(Attention(c_out, c_words))
 
-    def forward(self, h, emb, words, call):                         # (N, c_in, H, W)
-        h = call(self[0], h, emb)
+    def forward(self, h, emb, words):                               # (N, c_in, H, W)
+        h = self[0](h, emb)
         if len(self) == 2:
-            h = call(self[1], h, words)
+            h = self[1](h, words)
         return h                                                    # (N, c_out, H, W)
-
-
-def call(block, *args):
-    """block(*args). UNet.checkpoint_blocks puts call_checkpointed in its place."""
-    return block(*args)
-
-
-def call_checkpointed(block, *args, context_fn):
-    """block(*args), of which only args are kept for backward: there the block is run again."""
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw no random numbers
-    if not torch.compiler.is_compiling():  # which takes no context_fn: its graph has the timesteps
-        options["context_fn"] = context_fn
-    return checkpoint(block, *args, **options)
 
 
 class UNet(nn.Module):
@@ -132,7 +117,6 @@ class UNet(nn.Module):
             "slots": slots,
             "c_image": c_image,
         }
-        self.call = call
 
         self.c_time = channels[0]
         self.time = nn.Sequential(
@@ -178,29 +162,20 @@ class UNet(nn.Module):
         skips = []
         for layer in self.down:
             if isinstance(layer, Stage):
-                h = layer(h, emb, words, self.call)
+                h = layer(h, emb, words)
                 skips.append(h)
             else:                                                   # a strided convolution
                 h = layer(h)                                        # (N, D, H / 2, W / 2)
 
-        h = self.middle(h, emb, words, self.call)
+        h = self.middle(h, emb, words)
 
         for layer in self.up:
             if isinstance(layer, Stage):
                 h = torch.cat([h, skips.pop()], 1)                  # (N, D + D of the skip, H, W)
-                h = layer(h, emb, words, self.call)
+                h = layer(h, emb, words)
             else:
                 h = layer(F.interpolate(h, scale_factor=2))         # (N, D, 2H, 2W)
         return self.out(F.silu(self.norm(h)))                       # (N, C, H, W)
-
-    def checkpoint_blocks(self, context_fn):
-        """Keep only the input of each block for backward, and run the block again there.
-
-        It takes less memory and more time. context_fn: of torch.utils.checkpoint. With
-        quant.remember, the quantized layers of a block that is run again know the timesteps of
-        its batch. Models without such layers may be given it, too.
-        """
-        self.call = partial(call_checkpointed, context_fn=context_fn)
 
 
 def timestep_embedding(t: Tensor, c: int, period: float = 10000) -> Tensor:

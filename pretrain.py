@@ -4,11 +4,6 @@ It takes hours on a CPU. The base that ships, data/base.pt, was made by three su
 resumed from the one before, with changes in between: see experiments/RESULTS.md.
 """
 
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
-
 import copy
 from pathlib import Path
 
@@ -17,24 +12,11 @@ import torch
 from data import toy
 from data.score import matches, score
 from model import Diffusion, UNet
-from runtime import (
-    RANK,
-    WORLD_SIZE,
-    Loop,
-    Parser,
-    claim,
-    command,
-    guard,
-    load_model,
-    load_state,
-    my_share,
-    parallel,
-    restore,
-    save,
-    state_after,
-    use_device,
-)
-from sample import sample
+from sample import load_model, sample
+from support.files import save
+from support.flags import Parser, add_run_flags, guard, path, real, whole
+from support.processes import RANK, WORLD_SIZE, parallel, share_of_process, use_device
+from support.runs import Run
 
 # Timesteps in the middle, where the details of a creature are decided, are drawn twice as often.
 FOCUS = 0.5
@@ -42,18 +24,14 @@ FOCUS = 0.5
 
 def arguments(argv=None):
     """The flags."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_run_flags(
-        steps=20000,
-        lr=2e-3,
-        lr_help="learning rate",
-        batch=64,
-        batch_help="images in a step of each process",
-        out_help="folder to write (default: out/pretrain)",
-    )
-    args = parser.parse_run(argv)
-    args.out = args.out or Path("out") / "pretrain"
-    return args
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--steps", type=whole(0, 10**7), default=20000, help="optimizer steps")
+    add("--lr", type=real(0, 10), default=2e-3, help="learning rate")
+    add("--batch", type=whole(1, 4096), default=64, help="images in a step of each process")
+    add("--out", type=path, default=Path("out/pretrain"), help="folder to write")
+    add_run_flags(parser)
+    return parser.parse_args(argv)
 
 
 def learning_rate(args, step):
@@ -63,11 +41,8 @@ def learning_rate(args, step):
     return args.lr * min(1, warm_up, cool_down)
 
 
-def pretrain(args):
-    """Train a UNet on scenes of the toy world.
-
-    Writes to args.out: base.pt, the moving average (EMA) of its weights, as float16, and state.pt.
-    """
+def pretrain(args, run):
+    """Train a UNet on scenes of the toy world. Returns the moving average (EMA) of its weights."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     diffusion = Diffusion()
@@ -77,47 +52,26 @@ def pretrain(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01
     )
-    first = 0
-    if args.resume:
-        state = load_state(args, "pretraining", may_differ=("steps",))  # more steps may follow
-        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
-        first = restore(state, args, optimizer, generator, **weights)
-
-    def save_base(step):
-        base = {
-            "kind": "model",
-            "config": model.config,
-            "step": step,
-            "seed": args.seed,
-            "model": {name: value.half() for name, value in ema.state_dict().items()},
-        }
-        save(base, args.out / "base.pt")
-
-    def save_state(step):
-        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
-        state = state_after(step, args, optimizer, generator, kind="pretraining", **weights)
-        # in this order: if the run is killed between the two, the steps after the old state are
-        # done again, and base.pt is made again
-        save_base(step)
-        save(state, args.out / "state.pt")
+    moved = {}
+    for name, weights in {"model": model, "ema": ema}.items():
+        for key, value in weights.state_dict().items():
+            moved[f"{name}.{key}"] = value
 
     net = parallel(model, args)
-    trained = [*model.parameters(), *ema.parameters()]
-    loop = Loop("pretraining", args, first, diffusion.T, trained, save_state)
     # fmt: off
-    for step in loop:
+    for step in run.steps(optimizer, generator, moved):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
         x0, words = toy.sample_scenes(args.batch * WORLD_SIZE, generator)   # (N, 3, 16, 16), (N, L)
         t = diffusion.draw_timesteps(len(x0), generator, FOCUS)             # (N,)
         eps = torch.randn(x0.shape, generator=generator)                    # (N, 3, 16, 16)
-        x0, words, t, eps = my_share((x0, words, t, eps), args)
+        x0, words, t, eps = share_of_process((x0, words, t, eps), args.device)
 
         x_t = diffusion.q_sample(x0, t, eps)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             v = net(x_t, t, words)                                          # (N, 3, 16, 16)
         error = diffusion.squared_error(v, x0, t, eps)                      # (N,)
-        loop.watch(error, t)
+        run.watch(error, t, diffusion.T)
 
         optimizer.zero_grad()
         error.mean().backward()
@@ -125,8 +79,7 @@ def pretrain(args):
         optimizer.step()
         update_ema(ema, model, step)
     # fmt: on
-    if first >= args.steps and RANK == 0:
-        save_base(first)  # no step was left to do; base.pt may be newer than the state, or gone
+    return ema
 
 
 @torch.no_grad()
@@ -179,12 +132,20 @@ def random_prompt(shapes, generator):
 def main():
     args = arguments()
     use_device(args.device)
-    with claim(args.out):
-        pretrain(args)
-        if RANK == 0:
-            path = args.out / "base.pt"
-            score_base(load_model(path, args.device), args.seed)
-            print(f"wrote {path}; use it with {command('train.py', '--base', path)}")
+    ema = pretrain(args, Run(args, "pretraining", free=["steps"]))  # more steps may follow
+    if RANK > 0:
+        return
+    base = {
+        "kind": "model",
+        "config": ema.config,
+        "step": args.steps,
+        "seed": args.seed,
+        "model": {name: value.half() for name, value in ema.state_dict().items()},
+    }
+    file = args.out / "base.pt"
+    save(base, file)
+    score_base(load_model(file, args.device), args.seed)
+    print(f"wrote {file}; use it with python train.py --base {file}")
 
 
 if __name__ == "__main__":

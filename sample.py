@@ -5,31 +5,38 @@ are DDPM's ancestral sampling and DDIM. Both visit all T timesteps or an evenly 
 both use classifier-free guidance.
 """
 
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
-
-import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import toy
-from model import Diffusion
-from quant import bucket, load_adapter, merge
-from runtime import (
-    BASE,
-    Parser,
-    filled_path,
-    guard,
-    load,
-    load_model,
-    save,
-    where_to_write,
-    write_png,
-)
+from model import Diffusion, UNet
+from quant import bucket, load_adapter, merge, quantize
+from support.files import load, save, write_png
+from support.flags import SEED, Parser, add_device, guard, path, real, whole
+
+BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
+
+
+def load_model(path, device="cpu", kinds=("model", "quantized")):
+    """The UNet of a checkpoint, float or quantized, ready to sample.
+
+    Raises ValueError if the file holds none.
+    """
+    saved = load(path, *kinds)
+    try:
+        model = UNet(**saved["config"])
+        if saved["kind"] == "quantized":
+            # minmax is the quickest way to layers of the right shapes
+            quantize(model, **{**saved["quant_config"], "calibration": "minmax"})
+            model.quant_config = saved["quant_config"]
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} isn't a model of this version ({type(error).__name__}); make it again"
+        ) from error
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def ddpm_step(x, x0, eps, abar, abar_next, noise):
@@ -88,7 +95,7 @@ def sample(
     merges = hasattr(model, "quant_config") and not packed
     net = model
     merged_bucket = None
-    for i, t in enumerate(tqdm(timesteps, desc="sampling", disable=not progress, leave=False)):
+    for i, t in enumerate(tqdm(timesteps, "sampling", leave=False) if progress else timesteps):
         if merges:
             b = int(bucket(t, model.quant_config["edges"]))
             if b != merged_bucket:
@@ -162,44 +169,20 @@ def guided(net, x, t, words, cfg_scale):
 
 def arguments():
     """The flags."""
-    parser = Parser(description=__doc__.split("\n")[0])
-    ckpt_help = "a base or a tuned model (default: the shipped base)"
-    parser.add_argument("--ckpt", type=filled_path, default=BASE, help=ckpt_help)
-    adapter_help = "an adapter to put on the quantized model of --ckpt"
-    parser.add_argument("--adapter", type=filled_path, help=adapter_help)
-    prompt_help = "a caption (default: red creature on green stripes)"
-    parser.add_argument("--prompt", default="red creature on green stripes", help=prompt_help)
-    parser.number("--n", int, 1, 1000, 8, "images")
-    sampler_help = "DDPM's, with fresh noise in each step (default), or DDIM's, without"
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help=sampler_help)
-    parser.number("--steps", int, 1, 1000, 40, "timesteps visited, of 1000")
-    parser.number("--cfg-scale", float, 0, 100, 3.0, "guidance; 1 is the plain model")
-    parser.seed("seed of the noise")
-    packed_help = "never hold float weights: less memory, slower"
-    parser.add_argument("--packed", action="store_true", help=packed_help)
-    out = Path("out") / "sample.png"
-    parser.add_argument(
-        "--out", type=filled_path, default=out, help=f"the PNG to write (default: {out})"
-    )
-    parser.device()
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--ckpt", type=path, default=BASE, help="a base or a tuned model")
+    add("--adapter", type=path, help="an adapter to put on the quantized model of --ckpt")
+    add("--prompt", default="red creature on green stripes", help="a caption")
+    add("--n", type=whole(1, 1000), default=8, help="images")
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="DDIM's steps add no noise")
+    add("--steps", type=whole(1, 1000), default=40, help="timesteps visited, of 1000")
+    add("--cfg-scale", type=real(0, 100), default=3.0, help="guidance; 1 is the plain model")
+    add("--seed", type=SEED, default=0, help="of the noise")
+    add("--packed", action="store_true", help="never hold float weights: less memory, slower")
+    add("--out", type=path, default=Path("out/sample.png"), help="the PNG to write")
+    add_device(parser)
     return parser.parse_args()
-
-
-def check_out(args):
-    """Raise ValueError if --out is no place for an image, or a file that is read."""
-    out = where_to_write(args.out)
-    for flag, path in (("--ckpt", args.ckpt), ("--adapter", args.adapter)):
-        if path and os.path.realpath(path) == out:
-            raise ValueError(f"--out is the same file as {flag}, {path}; give another")
-
-
-def refuse_quantized_flags(args):
-    """Raise ValueError if a flag is given that only a quantized model can heed."""
-    for flag, value in (("--adapter", args.adapter), ("--packed", args.packed)):
-        if value:
-            raise ValueError(
-                f"{flag} needs a quantized model, and {args.ckpt} is a float one; give a tuned.pt"
-            )
 
 
 def main():
@@ -207,14 +190,18 @@ def main():
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
     if not words.any():
         raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
-    check_out(args)
+    for given in (args.ckpt, args.adapter):
+        if given and given.resolve() == args.out.resolve():
+            raise ValueError(f"--out would replace {given}, which is read; give another")
 
     model = load_model(args.ckpt, args.device)
-    if not hasattr(model, "quant_config"):
-        refuse_quantized_flags(args)
+    if (args.adapter or args.packed) and not hasattr(model, "quant_config"):
+        raise ValueError(
+            f"--adapter and --packed need a quantized model, and {args.ckpt} is a float one; "
+            "give a tuned.pt"
+        )
     if args.adapter:
         load_adapter(model, load(args.adapter, "adapter"))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
 
     images = sample(
         model,
@@ -226,7 +213,7 @@ def main():
         progress=True,
         packed=args.packed,
     )
-    save(toy.to_grid(images, min(args.n, 8)), args.out, write_png)
+    save(toy.tile(images, min(args.n, 8)), args.out, write_png)
     print(f"wrote {args.out}: {args.n} images of '{args.prompt}'")
 
 

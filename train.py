@@ -4,47 +4,21 @@ The stages, in order: load the base, quantize it, fine-tune its scales on images
 prior preservation (DreamBooth, Ruiz et al. 2023), sample, score, save.
 """
 
-if __name__ == "__main__":
-    import interrupt
-
-    interrupt.end_quietly()
-
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-from calibrate import CALIBRATIONS
 from data import toy
 from data.score import score
 from model import Diffusion
-from quant import adapter, deltas, load_adapter, quantize, remember
-from runtime import (
-    BASE,
-    RANK,
-    RUN_FILES,
-    WORLD_SIZE,
-    Loop,
-    Parser,
-    checksum,
-    claim,
-    command,
-    file_size,
-    filled,
-    filled_path,
-    guard,
-    load_model,
-    load_state,
-    my_share,
-    parallel,
-    restore,
-    save,
-    state_after,
-    use_device,
-    write_png,
-)
-from sample import sample
+from quant import adapter, deltas, load_adapter, quantize
+from sample import BASE, load_model, sample
+from support.files import file_size, hash_of, save, write_png
+from support.flags import Parser, add_run_flags, guard, path, real, whole
+from support.processes import RANK, WORLD_SIZE, parallel, share_of_process, use_device
+from support.runs import Run
 
 SUBJECT_WORD = "sks"  # the rare word that becomes the subject's name
 PROMPTS = (  # no instance image of a shipped subject shows one of these
@@ -58,64 +32,41 @@ PROMPTS = (  # no instance image of a shipped subject shows one of these
     "sks creature and yellow square on blue stripes",
 )
 IMAGES_PER_PROMPT = 5  # drawn and scored
-TRAINED_WORDS = ("words.weight",)  # the parameter of which --train-words trains rows
 
 
 def arguments(argv=None):
     """The flags, their defaults filled in."""
-    parser = Parser(description=__doc__.split("\n")[0])
-
-    quantizer = parser.add_argument_group("quantizer")
-    quantizer.add_argument(
-        "--bits",
-        choices=("2", "3", "4", "5", "6", "7", "8", "32"),
-        default="4",
-        metavar="BITS",
-        help="bits of a weight: 2 to 8, or 32 for full-precision fine-tuning (default: 4)",
-    )
-    quantizer.add_argument(
-        "--scales",
-        choices=("out", "out+in"),
-        default="out+in",
-        help="train the scales of rows (out: PEQA), or of rows and columns (out+in, the default)",
-    )
-    parser.number("--buckets", int, 1, 1000, 1, "scale sets over the 1000 timesteps", quantizer)
-    quantizer.add_argument(
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument_group("quantizer").add_argument
+    bits_help = "bits of a weight; 32 fine-tunes all weights in full precision"
+    add("--bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 32), default=4, help=bits_help)
+    scales_help = "train the scales of rows (PEQA), or of rows and columns"
+    add("--scales", choices=("out", "out+in"), default="out+in", help=scales_help)
+    buckets_help = "scale sets over the 1000 timesteps"
+    add("--buckets", type=whole(1, 1000), default=1, help=buckets_help)
+    add(
         "--calibration",
-        choices=CALIBRATIONS,
+        choices=("minmax", "mse", "rowcol", "gptq"),
         default="rowcol",
-        help="how the integers and the first scales are found (default: rowcol)",
+        help="how the integers and the first scales are found",
     )
 
-    run = parser.add_run_flags(
-        steps=1000,
-        lr=None,
-        lr_help="learning rate (default: 0.03 for scales, 0.001 at 32 bits)",
-        batch=8,
-        batch_help="instance images in a step of each process, and as many class images",
-        out_help="folder to write (default: by subject, bits and method, such as out/mo-4bit)",
-    )
-    run.add_argument(
-        "--subject",
-        type=filled,
-        default="mo",
-        help="a folder of images, or a name in data/subjects (default: mo)",
-    )
-    base_help = "a pretrained model (default: the shipped one)"
-    run.add_argument("--base", type=filled_path, default=BASE, help=base_help)
-    parser.number("--prior", float, 0, 100, 0.3, "weight of the class images' loss", run)
-    parser.number("--sample-steps", int, 1, 1000, 40, "timesteps visited for a scored image", run)
-    words_help = "train the embedding of the subject's word, too, at the same rate"
-    run.add_argument("--train-words", action="store_true", help=words_help)
-    checkpoint_help = "keep a quarter of the activations; steps take a third longer"
-    run.add_argument("--checkpoint", action="store_true", help=checkpoint_help)
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--subject", default="mo", help="a folder of images, or a name in data/subjects")
+    add("--base", type=path, default=BASE, help="a pretrained model")
+    add("--steps", type=whole(0, 10**7), default=1000, help="optimizer steps")
+    add("--lr", type=real(0, 10), help="learning rate; 0.03 for scales, 0.001 at 32 bits")
+    batch_help = "instance images in a step of each process, and as many class images"
+    add("--batch", type=whole(1, 4096), default=8, help=batch_help)
+    add("--prior", type=real(0, 100), default=0.3, help="weight of the class images' loss")
+    sample_help = "timesteps visited for a scored image"
+    add("--sample-steps", type=whole(1, 1000), default=40, help=sample_help)
+    add("--out", type=path, help="folder to write, by default such as out/mo-4bit")
+    add_run_flags(parser)
 
-    args = parser.parse_run(argv)
-    args.bits = int(args.bits)
-    if args.bits == 32:
-        refuse_quantizer_flags(parser, argv)
-        if args.train_words:
-            parser.error("--bits 32 trains all words anyway; leave out --train-words")
+    args = parser.parse_args(argv)
+    if args.bits == 32 and (args.scales, args.buckets, args.calibration) != ("out+in", 1, "rowcol"):
+        parser.error("--bits 32 has no quantizer; leave out --scales, --buckets and --calibration")
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
@@ -132,17 +83,12 @@ def name_of_run(args):
         parts.append(f"{args.buckets}buckets")
     if args.calibration != "rowcol":
         parts.append(args.calibration)
-    if args.train_words:
-        parts.append("words")
     return "-".join(parts)
 
 
-def refuse_quantizer_flags(parser, argv):
-    """End with a sentence if flags of the quantizer are given."""
-    given = parser.given(argv, ("scales", "buckets", "calibration"))
-    if given:
-        flags = " and ".join(f"--{name}" for name in given)
-        parser.error(f"--bits 32 quantizes nothing, so it can't heed {flags}; leave that out")
+# --------------------------------------------------------------------------------------------------
+# Fine-tuning
+# --------------------------------------------------------------------------------------------------
 
 
 def learning_rate(args, step):
@@ -150,86 +96,41 @@ def learning_rate(args, step):
     return args.lr * min(1, (step + 1) / 20) * (1 - step / args.steps)
 
 
-def rare_words(captions):
-    """The rare words, by number, that captions (M, L) have."""
-    rare = range(toy.FIRST_RARE, toy.FIRST_RARE + len(toy.RARE))
-    return [word for word in rare if (captions == word).any()]
-
-
-def train_words(model, captions):
-    """Let the embeddings of the rare words in captions (M, L) be trained, and of no others."""
-    weight = model.words.weight.requires_grad_()
-    is_trained = torch.zeros(len(weight), 1, device=weight.device)
-    is_trained[rare_words(captions)] = 1
-    weight.register_hook(lambda grad: grad * is_trained)  # Adam leaves the others where they are
-
-
-def finetune(model, args, instance, captions, state=None, inputs=None):
+def finetune(model, instance, captions, args, run):
     """Train all parameters that require a gradient.
 
     In a quantized model, these are the deltas: exp(delta) multiplies a frozen scale, and each
     bucket of timesteps has a set of them.
 
-    instance (M, 3, 16, 16), captions (M, L): the images of the subject. state: what a stopped run
-    has saved in state.pt, to go on from. inputs: checksums of base and subject, see load_state.
+    instance (M, 3, 16, 16), captions (M, L): the images of the subject. run: yields the steps, and
+    saves and resumes them.
 
         loss = MSE on args.batch instance images + args.prior * MSE on args.batch class images
     """
     diffusion = Diffusion()
     generator = torch.Generator().manual_seed(args.seed)
-    if args.train_words:
-        train_words(model, captions)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
-    first = 0
-    if state is not None:
-        first = restore(state, args, optimizer, generator, trained=trained)
-
-    def save_state(step):
-        contents = {"kind": "fine-tuning", "inputs": inputs or {}, "trained": trained}
-        state = state_after(step, args, optimizer, generator, **contents)
-        save(state, args.out / "state.pt")
-
-    if args.checkpoint:
-        model.checkpoint_blocks(remember)
     net = parallel(model, args)
-    loop = Loop("fine-tuning", args, first, diffusion.T, trained.values(), save_state)
     # fmt: off
-    for step in loop:
+    for step in run.steps(optimizer, generator, trained):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
         # B instance images and B class images for each process, which takes its share of both
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
         eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
-        x0, words, t, eps = my_share((x0, words, t, eps), args, parts=2)
+        x0, words, t, eps = share_of_process((x0, words, t, eps), args.device, parts=2)
 
         x_t = diffusion.q_sample(x0, t, eps)                            # (2B, 3, 16, 16)
         v = net(x_t, t, words)    # quant.enter_call tells quantized layers the buckets of t
         error = diffusion.squared_error(v, x0, t, eps)                  # (2B,)
         loss = error[:args.batch].mean() + args.prior * error[args.batch:].mean()
-        loop.watch(error, t)
+        run.watch(error, t, diffusion.T)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     # fmt: on
-
-
-def calibration_data(device="cpu", n=96, seed=0, low=0.0, high=1.0):
-    """What gptq calibrates with: n class images at timesteps from low * T to high * T.
-
-    They come in batches (x_t, t, words) of 32. The seed is not --seed: one quantized base serves
-    all subjects, whatever their seeds.
-    """
-    diffusion = Diffusion()
-    generator = torch.Generator().manual_seed(seed)
-    x0, words = toy.sample_scenes(n, generator, rare=0)
-    t = diffusion.draw_timesteps(n, generator)
-    t = (low * diffusion.T + (high - low) * t).long()
-    eps = torch.randn(x0.shape, generator=generator)
-    x_t = diffusion.q_sample(x0, t, eps)
-    x_t = x_t.to(device, memory_format=torch.channels_last)
-    return list(zip(x_t.split(32), t.to(device).split(32), words.to(device).split(32)))
 
 
 def draw_batch(n, instance, captions, diffusion, generator):
@@ -254,6 +155,27 @@ def draw_batch(n, instance, captions, diffusion, generator):
     return x0, words, torch.cat(t)
 
 
+def calibration_data(device="cpu", n=96, seed=0, diffusion=None):
+    """What gptq calibrates with: n noisy class images, their timesteps spread over 0 .. T.
+
+    They come in batches (x_t, t, words) of 32. The seed is not --seed: one quantized base serves
+    all subjects, whatever their seeds.
+    """
+    diffusion = diffusion or Diffusion()
+    generator = torch.Generator().manual_seed(seed)
+    x0, words = toy.sample_scenes(n, generator, rare=0)
+    t = diffusion.draw_timesteps(n, generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    x_t = diffusion.q_sample(x0, t, eps)
+    x_t = x_t.to(device, memory_format=torch.channels_last)
+    return list(zip(x_t.split(32), t.to(device).split(32), words.to(device).split(32)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling and scoring
+# --------------------------------------------------------------------------------------------------
+
+
 def captions_of(prompts):
     """The captions of the images to score, IMAGES_PER_PROMPT for each prompt: lists of L words."""
     captions = []
@@ -265,11 +187,16 @@ def captions_of(prompts):
 def evaluate(model, parts, args):
     """Images of all PROMPTS, and the means of their exact scores, {} if parts is None."""
     words = torch.tensor(captions_of(PROMPTS))
-    images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
+    images = sample(model, words, args.sample_steps, seed=args.seed, progress=RANK == 0)
     if parts is None:
         return images, {}
     scores = score(images, words, parts, toy.WORD[SUBJECT_WORD])
     return images, {key: value.mean().item() for key, value in scores.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole run
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -279,118 +206,78 @@ def main():
 
     # load
     folder = find_subject(args.subject)
+    check_out(args, folder)
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
-    if RANK == 0:
-        print_unused(folder)
-    model = load_model(args.base, args.device)
-    if hasattr(model, "quant_config"):
-        raise ValueError(
-            f"{args.base} is quantized already; give --base a float model, such as {BASE}"
-        )
-    check_out(args, folder)
-    lock = claim(args.out)
-    inputs = {
-        "base": checksum(model.state_dict()),
-        "subject": checksum([instance, captions]),
-    }
-    state = load_state(args, "fine-tuning", inputs) if args.resume else None
+    model = load_model(args.base, args.device, kinds=["model"])
+    inputs = {"base": hash_of(model.state_dict()), "subject": hash_of([instance, captions])}
+    run = Run(args, "fine-tuning", inputs, free=["sample_steps"])
 
     # quantize
-    header = {"kind": "model", "config": model.config}
+    tuned = {"kind": "model", "config": model.config}
     if args.bits < 32:
-        data = None
-        if args.calibration == "gptq":
-            data = calibration_data(args.device)
-            if RANK == 0:
-                print("calibrating layer by layer, about half a minute on a CPU", flush=True)
+        data = calibration_data(args.device) if args.calibration == "gptq" else None
         T = Diffusion().T
         quantize(model, args.bits, args.buckets, T, args.scales, args.calibration, data=data)
-        header = {
-            "kind": "quantized",
-            "config": model.config,
-            "quant_config": model.quant_config,
-        }
-    if RANK == 0:
-        images_before, scores_before = evaluate(model, parts, args)
+        tuned = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
+    images_before, scores_before = evaluate(model, parts, args)
 
     # fine-tune
-    finetune(model, args, instance, captions, state, inputs)
+    finetune(model, instance, captions, args, run)
     if RANK > 0:
         return
     if args.bits < 32:
-        also = TRAINED_WORDS if args.train_words else ()
-        tuned = {"kind": "adapter", **adapter(model, also)}
-        load_adapter(model, tuned)  # rounds the deltas to float16, as they are saved
+        subject = {"kind": "adapter", **adapter(model)}
+        load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
 
     # sample and score; if the training has diverged, this fails, and no older result is replaced
     images_after, scores_after = evaluate(model, parts, args)
 
     # save
-    tuned_file = args.out / "tuned.pt"
-    subject_file = tuned_file
+    mine = deltas(model)
+    base = {name: value for name, value in model.state_dict().items() if name not in mine}
+    base_bytes = file_size({**tuned, "model": base})
+    tuned["model"] = model.state_dict()
+    save(tuned, args.out / "tuned.pt")
     if args.bits < 32:
-        subject_file = args.out / "adapter.pt"
-        save(tuned, subject_file)
-    save({**header, "model": model.state_dict()}, tuned_file)
+        save(subject, args.out / "adapter.pt")
     title = title_of(args)
-    draw_grid(instance, images_before, images_after, title, args.out / "grid.png")
+    page = draw_result(instance, images_before, images_after, title)
+    save(page, args.out / "grid.png", write_png)
 
     # report
-    print_result(
-        {
-            "method": title,
-            "buckets": args.buckets,
-            "base bytes": f"{base_bytes(model, header):,}",
-            "subject bytes": f"{subject_file.stat().st_size:,}",
-            "trained": f"{count_trained(model, args, captions):,}",
-            **compare(scores_before, scores_after),
-        }
+    subject_file = args.out / ("adapter.pt" if args.bits < 32 else "tuned.pt")
+    row = {
+        "method": title,
+        "buckets": args.buckets,
+        "base bytes": f"{base_bytes:,}",
+        "subject bytes": f"{subject_file.stat().st_size:,}",
+        "trained": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+    }
+    labels = {"parts": "parts right", "identity": "whole subject", "prompt": "prompt right"}
+    for key, label in labels.items():
+        row[label] = "not known"  # without a parts.txt
+        if parts is not None:
+            row[label] = f"{scores_before[key]:.2f} -> {scores_after[key]:.2f}"
+    print_row(row)
+    print(
+        f"\nwrote grid.png and the model to {args.out} in {time.time() - start:.0f} s; more images:"
     )
-    if parts is None:
-        print(f"{folder} has no parts.txt, so the exact scores aren't known")
-    files = "grid.png, tuned.pt" + (" and adapter.pt" if args.bits < 32 else "")
-    print(f"\nwrote {files} to {args.out} in {time.time() - start:.0f} s; more images:")
-    print(command("sample.py", "--ckpt", tuned_file, "--prompt", PROMPTS[0]))
-    lock.close()
+    print(f'python sample.py --ckpt {args.out / "tuned.pt"} --prompt "{PROMPTS[0]}"')
 
 
 def find_subject(name):
-    """The folder of the shipped subject of this name, or name itself, a folder.
-
-    Raises ValueError if there are both.
-    """
-    for shipped in (BASE.parent / "subjects").iterdir():
-        if shipped.name == name:
-            if Path(name).is_dir() and not shipped.samefile(name):
-                raise ValueError(
-                    f"{name} is a folder here and a shipped subject; "
-                    f"give --subject ./{name} or --subject {shipped}"
-                )
-            return shipped
-    return name
-
-
-def print_unused(folder):
-    """Print which images of a folder aren't used, if there are any."""
-    counts = [f"{count} {suffix}" for suffix, count in toy.unused_images(folder).items()]
-    if counts:
-        print(f"{folder}: only PNG and JPEG files are used, not these: {', '.join(counts)}")
+    """The folder of the shipped subject of this name, or name itself, a folder."""
+    if name in toy.TUNING + toy.TABLE:
+        return BASE.parent / "subjects" / name
+    return Path(name)
 
 
 def check_out(args, folder):
-    """Raise ValueError if a file that is written could replace one of --base or join --subject."""
+    """Raise ValueError if a file that is written could replace --base or join --subject."""
     out = args.out.resolve()
-    if out == Path(folder).resolve():
-        raise ValueError(
-            f"--out is the folder of --subject, {folder}, and grid.png would be one of its images; "
-            "choose another --out"
-        )
-    base = Path(args.base).resolve()
-    if base.parent == out and base.name in RUN_FILES:
-        raise ValueError(
-            "--base is in --out, whose files the run would replace; choose another --out"
-        )
+    if out == folder.resolve() or out == args.base.resolve().parent:
+        raise ValueError(f"--out {args.out} is where --subject or --base is; choose another")
 
 
 def title_of(args):
@@ -401,44 +288,20 @@ def title_of(args):
     return f"{method}, {args.bits} bits"
 
 
-def base_bytes(model, header):
-    """The bytes of a file of the model without what belongs to the subject, the deltas."""
-    mine = deltas(model)
-    base = {name: value for name, value in model.state_dict().items() if name not in mine}
-    return file_size({**header, "model": base})
-
-
-def count_trained(model, args, captions):
-    """How many numbers are trained: of the embedding, those of the captions' rare words alone."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if args.train_words:
-        words = model.words
-        count += len(rare_words(captions)) * words.embedding_dim - words.weight.numel()
-    return count
-
-
-def compare(before, after):
-    """The scores before and after fine-tuning, by the names that are printed."""
-    labels = {"parts": "parts right", "identity": "whole subject", "prompt": "prompt right"}
-    if not after:
-        return {label: "not known" for label in labels.values()}
-    return {label: f"{before[key]:.2f} -> {after[key]:.2f}" for key, label in labels.items()}
-
-
-def print_result(row):
+def print_row(row):
     """Print a table of one row: names, and values below them."""
     widths = [max(len(name), len(str(value))) for name, value in row.items()]
     for cells in (row.keys(), row.values()):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
-def draw_grid(instance, before, after, title, path):
-    """Write grid.png: the instance images, then one image of each prompt before and after."""
+def draw_result(instance, before, after, title):
+    """The page grid.png: the instance images, then one image of each prompt before and after."""
     n = len(PROMPTS)
     strips = {
-        "instance images": toy.to_grid(instance[:n], n),
-        f"{title}, untuned": toy.to_grid(before[::IMAGES_PER_PROMPT], n),
-        "tuned": toy.to_grid(after[::IMAGES_PER_PROMPT], n),
+        "instance images": toy.tile(instance[:n], n),
+        f"{title}, untuned": toy.tile(before[::IMAGES_PER_PROMPT], n),
+        "tuned": toy.tile(after[::IMAGES_PER_PROMPT], n),
     }
     width, height = strips["tuned"].size
     line = 14  # pixels of a line of text
@@ -452,7 +315,7 @@ def draw_grid(instance, before, after, title, path):
     for i, prompt in enumerate(PROMPTS):
         text = prompt.replace(" and ", "\nand ").replace(" on ", "\non ")
         draw.text((i * width // n + 4, y), text, "black")
-    save(page, path, write_png)
+    return page
 
 
 if __name__ == "__main__":

@@ -19,14 +19,10 @@ creature" starts out as "any creature", and fine-tuning has to choose one.
 
 Because the renderer is known, images of this world can be scored exactly: see data/score.py.
 
-`python data/toy.py` writes the subjects in data/subjects, and world.png, an image of many scenes.
+`python -m data.toy` writes the subjects in data/subjects, and world.png, an image of many scenes.
 """
 
-import os
 import textwrap
-import warnings
-from collections import Counter
-from contextlib import contextmanager
 from functools import cache
 from itertools import permutations, product
 from pathlib import Path
@@ -36,7 +32,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import ExifTags, Image
+from PIL import Image
+
+from support.images import images_in, read_rgb
 
 # --------------------------------------------------------------------------------------------------
 # What there is in the world
@@ -349,13 +347,6 @@ def slot_of(word, section):
     return None
 
 
-def visible(text):
-    """text without zero-width spaces and byte order marks, which editors and web pages leave."""
-    for character in "\u200b\u200c\u200d\u2060\ufeff":
-        text = text.replace(character, "")
-    return text
-
-
 def caption(text):
     """The SLOTS word numbers of a prompt such as "sks creature and red circle on green stripes".
 
@@ -365,7 +356,7 @@ def caption(text):
     """
     words = [0] * SLOTS
     section = "first"
-    for word in visible(text).lower().replace(",", " ").split():
+    for word in text.lower().replace(",", " ").split():
         if word in ("a", "an", "the", "in"):
             continue
         if word == "and":
@@ -466,86 +457,21 @@ def sample_scenes(n, generator, rare=0.3):
 # --------------------------------------------------------------------------------------------------
 # Subjects: folders of a few images
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".tif", ".tiff", ".webp")
-TURNS = {  # by the orientation in an EXIF block
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-MAX_PIXELS = 64_000_000  # of an image file; it takes ten times as many bytes of memory
-
-
-@contextmanager
-def refusing(file):
-    """Turn whatever goes wrong while a file is read into a ValueError that names the file.
-
-    Anything but a file, such as a FIFO, isn't read at all: that might never end.
-    """
+def read_text(file):
+    """The text of a file. Raises ValueError, which names the file, if it can't be read."""
     try:
-        if not file.is_file():
-            raise ValueError("it is not a file")
-        yield
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 500)
-        raise ValueError(f"{file} can't be read ({reason}); mend or remove it") from None
+        return file.read_text(encoding="utf-8-sig")  # without the mark that Windows puts first
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{file} can't be read ({error}); mend or remove it") from None
 
 
 def read_caption(file, name):
     """The word numbers (SLOTS) of the caption "NAME creature", and of what the file adds to it."""
-    if not os.path.lexists(file):
-        return caption(f"{name} creature")
-    with refusing(file):
-        scene = file.read_text(encoding="utf-8")
-        return caption(f"{name} creature {scene}")
-
-
-def open_image(file):
-    """Open a PNG or JPEG file, whatever its name says: a PIL image that isn't decoded yet.
-
-    Other formats stay shut: Pillow reads dozens, and starts another program for some of them.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is less
-        return Image.open(file, formats=("PNG", "JPEG"))
-
-
-def check_image(image):
-    """Raise ValueError for an image that is too large, animated, or of more than 8 bits."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
-    if image.mode[0] in "IF":  # modes "I", "I;16" and "F" have 16 or 32 bits
-        raise ValueError("it has more than 8 bits a channel")
-    is_photo = image.format == "MPO"  # a JPEG as phones write it: a photo and a preview
-    if not is_photo and getattr(image, "is_animated", False):
-        raise ValueError("it is animated")
-
-
-def upright(image):
-    """The image, turned as its EXIF block says; as it is, if that block is broken.
-
-    ImageOps.exif_transpose would write the block anew, too, and fail on an image that is intact.
-    """
+    scene = read_text(file) if file.exists() else ""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:
-        return image
-    turn = TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def read_rgb(file):
-    """Read an image file: a PIL image in RGB, transparency flattened onto black."""
-    with refusing(file), open_image(file) as image:
-        check_image(image)
-        image.load()
-        image = upright(image).convert("RGBA")
-    black = Image.new("RGBA", image.size, "black")
-    return Image.alpha_composite(black, image).convert("RGB")
+        return caption(f"{name} creature {scene}")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def read_image(file):
@@ -557,36 +483,16 @@ def read_image(file):
     return pixels.permute(2, 0, 1) / 127.5 - 1                    # (3, 16, 16) in [-1, 1]
 
 
-def files_with(suffixes, folder):
-    """The files in a folder with these suffixes, in the order of their names; no hidden ones."""
-    files = []
-    for file in sorted(Path(folder).glob("*")):
-        if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            files.append(file)
-    return files
-
-
-def unused_images(folder):
-    """How many images of other formats a folder has: {suffix: count}."""
-    return Counter(file.suffix.lower() for file in files_with(OTHER_SUFFIXES, folder))
-
-
 def load_subject(folder, name="sks"):
     """Load a folder of PNG and JPEG files: images (N, 3, 16, 16) in [-1, 1], captions (N, SLOTS).
 
-    Hidden files, whose names start with a dot, are left out. An image's caption is "NAME creature",
-    and what a text file of the same name adds, such as "on green stripes".
+    An image's caption is "NAME creature", and what a text file of the same name adds, such as "on
+    green stripes".
     Raises ValueError if the folder has no images, or if an image or a caption can't be read.
     """
-    files = files_with(SUFFIXES, folder)
-    if not files:
-        raise ValueError(
-            f"{folder} is not a folder with PNG or JPEG files; "
-            "give one with 3 to 5 images of the subject"
-        )
     images = []
     captions = []
-    for file in files:
+    for file in images_in(folder):
         captions.append(read_caption(file.with_suffix(".txt"), name))
         images.append(read_image(file))
     return torch.stack(images), torch.tensor(captions)
@@ -599,12 +505,10 @@ def read_parts(folder):
     Raises ValueError if a line is missing or wrong.
     """
     file = Path(folder) / "parts.txt"
-    if not os.path.lexists(file):
+    if not file.exists():
         return None
-    with refusing(file):
-        text = visible(file.read_text(encoding="utf-8"))
     options = {}
-    for line in text.splitlines():
+    for line in read_text(file).splitlines():
         words = line.split()
         if len(words) == 2:
             key, option = words
@@ -663,24 +567,24 @@ def to_bytes(images):
     return ((images + 1) * 127.5).round().byte()
 
 
-def to_grid(images, columns, zoom=8):
-    """Arrange images (N, 3, H, W) in [-1, 1] in a grid of so many columns: a PIL image.
+def tile(images, columns, zoom=8):
+    """Tile images (N, 3, H, W) in [-1, 1] in so many columns: one PIL image.
 
-    Each image gets a white border of one pixel. zoom: the side of a pixel in the grid.
+    Each image gets a white border of one pixel. zoom: the side of a pixel in the result.
     """
     images = to_bytes(images)                                     # (N, 3, H, W)
     images = F.pad(images, (1, 1, 1, 1), value=255)               # (N, 3, H + 2, W + 2)
     missing = -len(images) % columns  # what the last row lacks
     white = images.new_full((missing, *images.shape[1:]), 255)
     images = torch.cat([images, white])                           # (R * C, 3, H + 2, W + 2)
-    grid = rearrange(images, "(r c) d h w -> (r h) (c w) d", c=columns)
-    grid = Image.fromarray(grid.numpy())
-    return grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
+    page = rearrange(images, "(r c) d h w -> (r h) (c w) d", c=columns)
+    page = Image.fromarray(page.numpy())
+    return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     write_subjects(here / "subjects")
     images, _ = sample_scenes(60, torch.Generator().manual_seed(0))
-    to_grid(images, columns=12, zoom=4).save(here / "world.png")
+    tile(images, columns=12, zoom=4).save(here / "world.png")
     print(f"wrote {here / 'subjects'} and {here / 'world.png'}")
