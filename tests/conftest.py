@@ -1,9 +1,7 @@
-"""What the tests share: one thread and one seed, scripts without new processes, models, files."""
+"""What the tests share: one thread and one seed, scripts without new processes, models."""
 
 import os
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ if not torch.cuda.is_available():
 
 import pretrain
 from quant import deltas
-from runtime import guard
+from support.flags import guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,11 +37,14 @@ def run(script, *args):
         sys.argv = before
 
 
+BARS = ("sampling:", "fine-tuning:", "pretraining:")
+
+
 def error_of(script, *args, capsys):
     """Run a script that ends with exit code 2, and return its one sentence."""
     assert run(script, *args) == 2
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    lines = [line for line in lines if line.strip() and not line.startswith("sampling:")]
+    lines = [line for line in lines if line.strip() and not line.startswith(BARS)]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -71,15 +72,3 @@ def contents_of(model):
         "quant_config": model.quant_config,
         "model": model.state_dict(),
     }
-
-
-def png(width, height, depth, color, data):
-    """A PNG file of these header values, whatever they are."""
-
-    def chunk(kind, body):
-        checksum = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
