@@ -82,7 +82,7 @@ def test_one_wrong_word_lowers_the_score(slot, kind, generator, monkeypatch):
 
 
 def test_subject_scores_are_one_on_the_subject_and_chance_on_others(generator):
-    n = 400
+    n = 200
     table = toy.sprites()[2]
     subject = toy.PLAIN + 1234
     words = torch.tensor([toy.caption("sks creature on green stripes")]).expand(n, -1)
