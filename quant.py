@@ -26,17 +26,17 @@ scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
     dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o])
     dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
 
-The last two are this simple because exp is its own derivative. y[o] - bias[o] is exp(d_out[o])
-times a number, so its derivative by d_out[o] is y[o] - bias[o] again. And y depends on d_in[i] only
-through u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u, which is dL/dx[i] * x[i].
+The last two are this simple because exp is its own derivative. y[o] - bias[o] is proportional to
+exp(d_out[o]), so it is its own derivative by d_out[o]. And y depends on d_in[i] only through
+u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u = gx[i] * x[i].
 
 So no gradient of a weight is ever computed. For backward a layer keeps its packed codes, x (if d_in
 trains) and y (if d_out trains). The float W lives for one matmul, and backward builds it again.
 
-If all samples of a batch share a bucket, W has the scales of that bucket. If not, W has those of
-the base, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its activations before
-and after the matmul. A bucket without a sample in the batch has no gradient (None, not zeros), so
-the optimizer skips it and leaves its momentum alone.
+If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not, W is
+built without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its
+activations before and after the matmul. A bucket without a sample in the batch has no gradient
+(None, not zeros), so the optimizer skips it and leaves its momentum alone.
 
 The chapters: buckets, bits, the batch, the layer, the swap, what you carry away. calibrate.py finds
 the codes and the scales to start from, gptq.py the same with data, and support/checks.py says what
@@ -159,12 +159,15 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """The buckets of a batch: timesteps [900, 100, 950] have present [0, 1] and index [1, 0, 1]."""
+    """The buckets of a batch.
+
+    With edges [0, 500, 1000], timesteps [900, 100, 950] have present [0, 1] and index [1, 0, 1].
+    """
 
     present: list[int]  # the B buckets in the batch, in increasing order
     index: Tensor  # each sample's place in present: (N,), or (1,) if one timestep is for all
     model: nn.Module | None = None  # whose call it is
-    outer: "Batch | None" = None  # of the call around this one, if a quantized model calls another
+    outer: "Batch | None" = None  # what was current before: one quantized model may call another
 
 
 class Current(threading.local):
@@ -183,7 +186,8 @@ current = Current()
 def batch_of(t: Tensor, edges: list[float], model: nn.Module | None = None) -> Batch:
     """The Batch of timesteps t, (N,) or one for all."""
     present, index = bucket(t, edges).flatten().unique(return_inverse=True)
-    return Batch(present.tolist() or [0], index, model, current.batch)  # t may be empty
+    present = present.tolist() or [0]  # t may be empty
+    return Batch(present, index, model, current.batch)
 
 
 def enter_call(model, args, kwargs):
@@ -196,14 +200,17 @@ def enter_call(model, args, kwargs):
 
 
 def leave_call(model, *_):
-    """After the model's forward, even if it failed: a layer called on its own then raises."""
+    """After the model's forward, even if it raised an error: forget the batch."""
     batch = current.batch
     if batch is not None and batch.model is model:
         current.batch = batch.outer
 
 
 class set_batch:
-    """A context in which batch is the current one. Backward may run twice, and enter it again."""
+    """A context in which batch is the current one.
+
+    It can be entered more than once, because backward may run more than once.
+    """
 
     def __init__(self, batch: Batch | None):
         self.batch = batch
@@ -235,11 +242,13 @@ def checkpoint_contexts():
 # The formatter would move the shape comments out of their column.
 # fmt: off
 class QuantMatmul(torch.autograd.Function):
-    """y = exp(d_out) * W (exp(d_in) * x) + bias, with W built for one matmul at a time.
+    """y = W x + bias, with W built for one matmul at a time.
 
-    index (N,): which row of d_out (B, O) and d_in (B, I) belongs to each sample. It is None if all
-    share a bucket: then d_out is (O,), d_in is (I,), and both factors are part of W.
-    d_in is None if columns aren't trained. bias: (O,) or None. layer: the QuantLayer.
+    index None: all samples share a bucket, d_out is (O,) and d_in (I,), and W has these deltas.
+    index (N,): the row of d_out (B, O) and d_in (B, I) that belongs to each sample. W is without
+    deltas, and layer.scale_samples multiplies each sample's x and y by exp(d_in) and exp(d_out).
+    d_in is None if columns aren't trained. bias: (O,) or None. layer: the QuantLayer below, which
+    knows how to multiply (matmul, input_grad), and to sum what shares a delta (gradient_of).
     Shapes are written for a convolution without groups; a linear layer has x (N, ..., I) and
     y (N, ..., O).
     """
@@ -250,7 +259,7 @@ class QuantMatmul(torch.autograd.Function):
             w = layer.dequantize(d_out, d_in, x.dtype)              # (O, I, *kernel)
             y = layer.matmul(x, w, bias)                            # (N, O, H', W')
         else:
-            w = layer.dequantize(dtype=x.dtype)                     # the base's, for all samples
+            w = layer.dequantize(dtype=x.dtype)                     # (O, I, *kernel), no deltas
             y = layer.matmul(layer.scale_samples(x, d_in, index), w)
             y = layer.scale_samples(y, d_out, index)                # (N, O, H', W')
             y = layer.add_bias(y, bias)
@@ -273,7 +282,7 @@ class QuantMatmul(torch.autograd.Function):
         train_x, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
         gx = grad_out = grad_in = grad_bias = None
 
-        # gx = exp(d_in) * W^T (exp(d_out) * g)
+        # gx = W^T g, with the factors of each sample's bucket around it if there are several
         if train_x or train_in:
             if index is None:
                 w = layer.dequantize(d_out, d_in, g.dtype)          # (O, I, *kernel), built again
@@ -303,11 +312,14 @@ class QuantLayer(nn.Module):
     """A Conv2d or Linear whose weight is packed codes and scales; only the deltas are trained.
 
     codes: packed, uint8, in the order (G, O, K, I): groups, rows of a group, positions of the
-    kernel, columns. What is unpacked in this order is a weight in channels_last.
+    kernel, columns. Unpacked, this is a weight in channels_last.
     zero_point, s_out: (G * O,). s_in: (G * I,).
     d_out_0, d_in_0, d_out_1, ...: the deltas of each bucket, of the shape of s_out and of s_in;
-    there are no d_in if columns aren't trained. A bucket has parameters of its own, so that one
-    that isn't drawn has no gradient.
+    there are no d_in if columns aren't trained. Each bucket has parameters of its own, so that the
+    gradient of a bucket that isn't in the batch is None.
+
+    QuantLinear and QuantConv2d below say how to multiply, and where the channels of x and y are:
+    float_type and its settings, groups, channel_dim, matmul, input_grad.
     """
 
     def __init__(self, layer, n_bits, num_buckets, scales, calibrate):
@@ -323,7 +335,7 @@ class QuantLayer(nn.Module):
         if layer.bias is not None:
             self.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
 
-        # always channels_last: a calibration sums in the order of memory, so it rounds by it
+        # always channels_last: sums round by the order of memory, and codes must not depend on it
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         grouped = weight.reshape(self.groups, -1, self.shape[1], weight[0, 0].numel())
         if grouped.dtype.itemsize < 4:
@@ -349,7 +361,7 @@ class QuantLayer(nn.Module):
     def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
         """The float weight (G * O, I, *kernel) for the deltas of a bucket, by default the base's.
 
-        dtype: of the weight, by default the model's.
+        dtype: of the weight, by default the one that the float weight had.
         """
         dtype = dtype or self.dtype
         if has_kernels_for(self.s_out):
@@ -378,14 +390,13 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight, built at each access: with deltas if there is one bucket, else without.
+        """The float weight, built at each access: code that copies weights gets the tuned one.
 
-        So code that copies or exports weights keeps the fine-tuning. With several buckets there is
-        no such weight: merge makes a model of one of them.
+        With several buckets it has no deltas, because each bucket has others: merge one of them.
         """
         return self.weight_of(0) if self.num_buckets == 1 else self.dequantize()
 
-    def forward(self, input):  # the name that Linear and Conv2d have for it
+    def forward(self, input):  # Linear and Conv2d call it input, too
         x = input
         if torch.is_autocast_enabled(x.device.type):  # autograd.Function isn't cast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -461,7 +472,7 @@ class QuantLayer(nn.Module):
 
         # is_in[b, n] is 1 if sample n is in bucket b: a matmul with it is a sum for each bucket
         is_in = F.one_hot(index, len(d)).to(d.dtype).T              # (B, N)
-        with torch.autocast(total.device.type, enabled=False):      # backward may run in it
+        with torch.autocast(total.device.type, enabled=False):      # it would round to bfloat16
             return is_in @ total                                    # (B, C)
     # fmt: on
 
@@ -623,18 +634,17 @@ def quantize(
 
     # All layers are made before the first is replaced: an error leaves the model as it was.
     if calibration == "gptq":
-        # deltas are zero, so all samples can have the scales of bucket 0
+        # gptq calls the model with some layers quantized; deltas are zero, so any bucket will do
         with set_batch(Batch([0], torch.zeros(0, dtype=torch.long))):
             quantized = quantize_with_data(model, layers, build, data)
     else:
         quantized = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
-    # freeze the model now: the new layers, whose deltas train, are put in afterwards
-    inner_deltas = deltas(model).values()  # of a quantized model inside, named in keep_float
-    model.requires_grad_(False)
-    for delta in inner_deltas:
-        delta.requires_grad_(True)
+    # freeze all but the deltas, also those of a quantized model inside that keep_float spares
     set_layers(model, layers, quantized)
+    model.requires_grad_(False)
+    for delta in deltas(model).values():
+        delta.requires_grad_(True)
     for layer, made in quantized.items():
         made.train(layer.training)
     for module in model.modules():
@@ -666,7 +676,7 @@ def quantize(
 
 
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained scales by name: d_out_b (O,) and d_in_b (I,) of each layer and bucket b."""
+    """The deltas by name: d_out_b (G * O,) and d_in_b (G * I,) of each layer and bucket b."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -683,7 +693,7 @@ def adapter(model: nn.Module) -> dict:
     concatenated, as float16, and as they are the others: parameters that require a gradient and
     the running statistics of BatchNorm. The model itself keeps its float32 deltas, so it differs a
     little from one that loads the adapter. Raises ValueError if a number isn't finite (a delta: in
-    float16), and if nothing requires a gradient any more, which would tell what was trained.
+    float16), and if no parameter requires a gradient, because then nothing says what was trained.
     """
     model = unwrapped(model)
     mine = deltas(model)
@@ -725,8 +735,8 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
 def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     """A copy of model with plain float layers, whose weights are those of one bucket.
 
-    The copy has no trace of quantization, and all of it can be trained. Raises IndexError if there
-    is no such bucket, and ValueError for what would be lost.
+    All of the copy can be trained. Raises IndexError if there is no such bucket, and ValueError if
+    hooks of a layer or the buckets of another quantized model inside would be lost.
     """
     model = unwrapped(model)
     checks.check_merge(model, bucket_index)

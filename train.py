@@ -97,10 +97,7 @@ def learning_rate(args, step):
 
 
 def finetune(model, instance, captions, args, run):
-    """Train all parameters that require a gradient.
-
-    In a quantized model, these are the deltas: exp(delta) multiplies a frozen scale, and each
-    bucket of timesteps has a set of them.
+    """Train all parameters that require a gradient: in a quantized model, the deltas.
 
     instance (M, 3, 16, 16), captions (M, L): the images of the subject. run: yields the steps, and
     saves and resumes them.
@@ -116,13 +113,13 @@ def finetune(model, instance, captions, args, run):
     for step in run.steps(optimizer, generator, trained):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        # B instance images and B class images for each process, which takes its share of both
+        # B instance and B class images for each process. All draw the same, and take their shares
         x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
         eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
         x0, words, t, eps = share_of_process((x0, words, t, eps), args.device, parts=2)
 
         x_t = diffusion.q_sample(x0, t, eps)                            # (2B, 3, 16, 16)
-        v = net(x_t, t, words)    # quant.enter_call tells quantized layers the buckets of t
+        v = net(x_t, t, words)                                          # (2B, 3, 16, 16)
         error = diffusion.squared_error(v, x0, t, eps)                  # (2B,)
         loss = error[:args.batch].mean() + args.prior * error[args.batch:].mean()
         run.watch(error, t, diffusion.T)
@@ -136,9 +133,8 @@ def finetune(model, instance, captions, args, run):
 def draw_batch(n, instance, captions, diffusion, generator):
     """n instance images and n class images, their captions, and a timestep for each.
 
-    Returns x0 (2n, 3, 16, 16), words (2n, L), t (2n,). Class images are scenes of the toy world in
-    which no creature bears a rare word. Words that describe the scene of an instance image are
-    dropped as in pretraining; the words "sks creature" never are.
+    Returns x0 (2n, 3, 16, 16), words (2n, L), t (2n,). Class images are scenes of the toy world
+    without a rare word. Captions lose words as in pretraining, but never "sks creature".
     """
     class_images, class_words = toy.sample_scenes(n, generator, rare=0)
 
@@ -230,7 +226,7 @@ def main():
         subject = {"kind": "adapter", **adapter(model)}
         load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
 
-    # sample and score; if the training has diverged, this fails, and no older result is replaced
+    # sample and score, before anything is replaced
     images_after, scores_after = evaluate(model, parts, args)
 
     # save
