@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if it is installed, reads it when imported
 
 import pretrain
+import train
 from quant import deltas
 from support.flags import guard
 
@@ -53,6 +54,14 @@ def error_of(script, *args, capsys):
 def no_scores(monkeypatch):
     """pretrain.py doesn't draw the 400 images that it scores."""
     monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """train.py draws and scores nothing before and after it trains: most of a short run."""
+    images = torch.zeros(len(train.PROMPTS) * train.IMAGES_PER_PROMPT, 3, 16, 16)
+    scores = {"parts": 0, "identity": 0, "prompt": 0}
+    monkeypatch.setattr(train, "evaluate", lambda *_: (images, scores))
 
 
 @torch.no_grad()
