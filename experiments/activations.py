@@ -30,8 +30,8 @@ from calibrate import mse
 from model import Stage, UNet
 from pretrain import rate_base
 from quant import QuantLayer, bucket, equal_edges, merge, quantize
-from runs import DIFFUSION, validation_loss
-from runtime import BASE, load_model
+from runs import DIFFUSION, PartOfTime, validation_loss
+from sample import BASE, load_model
 from train import calibration_data
 
 N_BITS = (8, 6, 4)  # of an activation
@@ -73,7 +73,8 @@ def measure(bits: int | None, ranges: Ranges | None, seed: int, n: int) -> dict[
     if bits is None:
         model = merge(model)
     else:
-        data = calibration_data(seed=seed, low=ranges.low, high=ranges.high)
+        timesteps = PartOfTime(ranges.low, ranges.high)
+        data = calibration_data(seed=seed, diffusion=timesteps)
         model = round_inputs(model, bits, ranges, data)
     shares = rate_base(model, seed, n)
     return {

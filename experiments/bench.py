@@ -21,14 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from baselines import lora, lora_packed, plain
 from calibrate import CALIBRATIONS
 from data import toy
-from model import Diffusion, UNet
-from quant import adapter, merge, quantize, remember
+from model import Diffusion, Stage, UNet
+from quant import adapter, checkpoint_contexts, merge, quantize
 from report import print_table
-from runtime import Parser, file_size, guard
+from support.files import file_size
+from support.flags import Parser, add_device, guard, whole
 
 DIFFUSION = Diffusion()
 
@@ -74,8 +76,26 @@ def ours(model, **kwargs):
 def ours_checkpointed(model):
     """Two scale sets, and blocks that are run again in backward."""
     ours(model, num_buckets=2)
-    model.checkpoint_blocks(remember)
+    for stage in list(model.modules()):
+        if isinstance(stage, Stage):
+            for i, block in enumerate(stage):
+                stage[i] = Checkpointed(block)
     return model
+
+
+class Checkpointed(nn.Module):
+    """A block of which only the inputs are kept for backward: there it is run again."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs):
+        # blocks draw no random numbers
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if not torch.compiler.is_compiling():  # a compiled graph knows the batch
+            options["context_fn"] = checkpoint_contexts
+        return checkpoint(self.block, *inputs, **options)
 
 
 METHODS = {  # each takes a float UNet and makes it ready to train
@@ -381,12 +401,13 @@ def sampling(base, quantized, size, args):
 def quantizing(base, size, args):
     """The table of the time to quantize."""
     row = []
-    for calibration in CALIBRATIONS:
+    calibrations = [*CALIBRATIONS, "gptq"]
+    for calibration in calibrations:
         x, t, words, _ = batch_of(64, size, args.device)
         data = list(zip(x.split(16), t.split(16), words.split(16)))
         run = partial(quantize, copy.deepcopy(base), 4, calibration=calibration, data=data)
         row.append(f"{clock(run, args.device):.2f}")
-    print_table(f"Time to quantize to 4 bits, s, {size} UNet", list(CALIBRATIONS), [row])
+    print_table(f"Time to quantize to 4 bits, s, {size} UNet", calibrations, [row])
 
 
 def scale(args):
@@ -432,16 +453,17 @@ TABLES = {"speed": speed, "scale": scale}
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument(
         "--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 16, 64]
     )
-    parser.number("--rounds", int, 1, 1000, 5, "steps of each method that are timed, in turn")
+    rounds_help = "steps of each method that are timed, in turn"
+    parser.add_argument("--rounds", type=whole(1, 1000), default=5, help=rounds_help)
     compile_help = "every method under torch.compile (minutes for each)"
     parser.add_argument("--compile", action="store_true", help=compile_help)
-    parser.device()
+    add_device(parser)
     args = parser.parse_args()
     TABLES[args.table](args)
 

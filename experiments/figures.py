@@ -21,8 +21,9 @@ from data import toy
 from quant import bucket
 from report import parse_with_log, runs_of
 from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, losses, prepare
-from runtime import BASE, Parser, guard, load, save
-from sample import sample
+from sample import BASE, sample
+from support.files import load, save
+from support.flags import Parser, guard
 
 SUBJECT = "bix"  # the subject of the figures that show one
 
@@ -40,7 +41,7 @@ def restored(args, name, subject=SUBJECT, seed=0):
                 f"no '{name}' of {subject} in {run.out.parent}; first run "
                 f"python experiments/tables.py subjects --subjects {subject} without --log"
             )
-        model.load_state_dict(load(state, "fine-tuning")["trained"], strict=False)
+        model.load_state_dict(load(state, "fine-tuning")["tensors"], strict=False)
     return model.eval(), run
 
 
@@ -69,7 +70,7 @@ def draw_samples(args):
     for axis, name in zip(axes, names):
         model, run = restored(args, name)
         images, _ = train.evaluate(model, None, run)  # without scores
-        column = toy.to_grid(images[:: train.IMAGES_PER_PROMPT], 1)
+        column = toy.tile(images[:: train.IMAGES_PER_PROMPT], 1)
         axis.imshow(column)
         axis.set_title(name.replace(", ", "\n"), fontsize=8)
         hide_ticks(axis)
@@ -232,7 +233,7 @@ def draw_denoising(args, steps=12):
     for (x, t, x0), column in zip(seen, axes.T):
         b = int(bucket(t, model.quant_config["edges"]))
         for axis, image in zip(column, (x, x0)):
-            axis.imshow(toy.to_grid(image, 1))
+            axis.imshow(toy.tile(image, 1))
             hide_ticks(axis)
             axis.spines[:].set(color=f"C{b}", linewidth=3)
         column[0].set_title(f"t = {int(t)}\nbucket {b}", fontsize=8)
@@ -256,7 +257,7 @@ def write_figure(figure, file):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     args = parse_with_log(parser)
     folder = Path(__file__).resolve().parent / "figures"
     if args.quick:

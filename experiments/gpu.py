@@ -1,9 +1,9 @@
 """What the kernels and CUDA graphs give on a GPU: python experiments/gpu.py --seconds 200
 
 First the tests of both. Then training steps and sampling steps: full fine-tuning and TuneQDM, by
-quant.py's plain code or by gpu_kernels.py, each launch on its own or in CUDA graphs. Each time is
-printed when it is known, and all of them once more in a table at the end. What fails is reported
-and skipped, and what doesn't start within --seconds is left out.
+quant.py's plain code or by support/gpu_kernels.py, each launch on its own or in CUDA graphs. Each
+time is printed when it is known, and all of them once more in a table at the end. What fails is
+reported and skipped, and what doesn't start within --seconds is left out.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import quant
 from bench import SIZES, STABLE_DIFFUSION, Size, clock, ours
 from graphs import graphed
 from model import UNet
-from runtime import Parser, guard
+from support.flags import Parser, add_device, guard, real, whole
 
 START = time.perf_counter()
 WARM_UP = 4  # calls: a plain one, one that is recorded, two replays
@@ -91,12 +91,13 @@ def seconds_left(args):
 
 
 def check(args):
-    """Run tests/test_kernels.py in processes side by side, if pytest-xdist is there."""
+    """Run the tests of kernels and graphs, in processes side by side if pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-o", "addopts="]  # without pytest.ini's, which need pytest-xdist
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
-    command.append(str(ROOT / "tests" / "test_kernels.py"))
+    for file in ("support/test_gpu_kernels.py", "experiments/test_graphs.py"):
+        command.append(str(ROOT / "tests" / file))
     seconds = min(args.test_seconds, max(1, seconds_left(args)))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -171,9 +172,9 @@ def sample(net, batch):
 
 @contextlib.contextmanager
 def code_of(variant):
-    """Quantized layers run quant.py's plain code, or gpu_kernels.py if the variant says so.
+    """Quantized layers run quant.py's plain code, or the kernels if the variant says so.
 
-    Raises RuntimeError if they should run gpu_kernels.py on a GPU, and can't.
+    Raises RuntimeError if they should run the kernels on a GPU, and can't.
     """
     kernels = quant.kernels
     if not variant.has_kernels:
@@ -315,17 +316,18 @@ PARTS = {"check": check, "small": measure_small, "large": measure_large}
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.number("--seconds", float, 1, 1e6, 200, "after which nothing more is measured")
-    parser.number("--test-seconds", float, 1, 1e6, 70, "that the tests may take")
-    parser.number("--rounds", int, 1, 1000, 7, "steps that are timed")
-    parser.add_argument(
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do")
+    add("--seconds", type=real(1, 1e6), default=200, help="after which nothing more is measured")
+    add("--test-seconds", type=real(1, 1e6), default=70, help="that the tests may take")
+    add("--rounds", type=whole(1, 1000), default=7, help="steps that are timed")
+    add(
         "--tiny",
         action="store_true",
         help="tiny models, to try this script (on a CPU no kernels or graphs run)",
     )
-    parser.device()
+    add_device(parser)
     args = parser.parse_args()
 
     triton = quant.kernels.triton.__version__ if quant.kernels else "none"

@@ -5,9 +5,10 @@ tests of graphs failed on a GPU, and this file was changed since and has not run
 """
 
 import torch
+import torch.nn as nn
 from torch.func import functional_call
 
-from quant import Batch, batch_set, find_buckets
+from quant import Batch, batch_of, set_batch
 
 MOST_RECORDINGS = 32  # of one model; in training, each holds a gradient of all that trains
 
@@ -49,64 +50,82 @@ class Graphed:
         t: the timesteps (N,), best on the CPU. From a GPU they have to be waited for, if there are
         several buckets.
         """
-        buckets, slot = self.buckets_of_batch(t)
+        present, index = self.buckets_of(t)
         # with t on the CPU, nothing here waits for what the GPU has yet to do
-        slot = slot.to(x.device, non_blocking=True)
+        index = index.to(x.device, non_blocking=True)
         tensors = (x, t.to(x.device, non_blocking=True), *others)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         modes = (self.model.training, torch.is_grad_enabled(), autocast)
-        kind = (tuple(buckets), shapes, modes)
+        kind = (tuple(present), shapes, modes)
         if kind not in self.recordings:
             is_full = len(self.recordings) == MOST_RECORDINGS
             if is_full or kind not in self.seen:
                 self.seen.add(kind)
                 return self.model(*tensors)
-            self.recordings[kind] = record(self.model, buckets, slot, tensors, self.pool)
-        return self.recordings[kind](slot, *tensors)
+            self.recordings[kind] = record(self.model, present, index, tensors, self.pool)
+        return self.recordings[kind](index, *tensors)
 
-    def buckets_of_batch(self, t):
-        """find_buckets, on the CPU. A model with one bucket, or none, has no need of it."""
+    def buckets_of(self, t):
+        """present and index (see quant.Batch), on the CPU.
+
+        A model with one bucket, or a float one, has no need of them.
+        """
         config = getattr(self.model, "quant_config", None)
         if config is None or len(config["edges"]) == 2:
             return [], torch.zeros(1, dtype=torch.long)
-        return find_buckets(t.cpu(), config["edges"])
+        batch = batch_of(t.cpu(), config["edges"])
+        return batch.present, batch.index
 
 
-def record(model, buckets, slot, tensors, pool):
-    """CUDA graphs of model(*tensors), for these buckets: a function of slot and tensors."""
+class Forward(nn.Module):
+    """model.forward without the model's hooks: what they would do is done before a recording.
+
+    To find the buckets in t, the CPU would have to wait for the GPU, which a recording can't hold.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args):
+        return self.model.forward(*args)
+
+
+def record(model, present, index, tensors, pool):
+    """CUDA graphs of model(*tensors), for these buckets: a function of index and tensors."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    static = [tensor.clone() for tensor in (slot, *tensors)]
+    static = [tensor.clone() for tensor in (index, *tensors)]
     # A parameter that an earlier call still holds for backward can't be recorded, but an alias of
     # the same memory can.
     aliases = [p.detach().requires_grad_() for p in trained.values()]
     # without autocast's cache: a weight that was cast before would not be cast in the recording
     with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
         graph = torch.cuda.make_graphed_callables(
-            with_known_buckets(model, buckets, list(trained)),
+            with_known_buckets(model, present, list(trained)),
             (*static, *aliases),
             num_warmup_iters=1,
             allow_unused_input=True,  # the deltas of other buckets
             pool=pool,
         )
 
-    def replay(slot, *tensors):
-        return graph(slot, *tensors, *trained.values())
+    def replay(index, *tensors):
+        return graph(index, *tensors, *trained.values())
 
     return replay
 
 
-def with_known_buckets(model, buckets, names):
-    """model(*tensors) for these buckets, as a function of (slot, *tensors, *parameters).
+def with_known_buckets(model, present, names):
+    """model(*tensors) for these buckets, as a function of (index, *tensors, *parameters).
 
-    To find the buckets in t, the CPU would have to wait for the GPU, which a recording can't hold.
     names: of the parameters, in this order.
     """
+    forward = Forward(model)
 
-    def call(slot, *inputs):
+    def call(index, *inputs):
         first = len(inputs) - len(names)
-        parameters = dict(zip(names, inputs[first:]))
-        with batch_set(Batch(model, buckets, slot, is_fixed=True)):
-            return functional_call(model, parameters, inputs[:first])
+        parameters = {f"model.{name}": p for name, p in zip(names, inputs[first:])}
+        with set_batch(Batch(present, index)):
+            return functional_call(forward, parameters, inputs[:first])
 
     return call

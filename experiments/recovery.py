@@ -13,8 +13,8 @@ from baselines import lora_packed
 from calibrate import CALIBRATIONS
 from data import toy
 from quant import quantize
-from runs import DIFFUSION, WIDTHS, squared_error, validation_loss
-from runtime import BASE, load_model
+from runs import DIFFUSION, WIDTHS, PartOfTime, squared_error, validation_loss
+from sample import BASE, load_model
 from train import calibration_data
 
 STEPS = 300  # of tuning, unless a setting says otherwise
@@ -62,7 +62,7 @@ def settings_of_calibrations() -> list[Recovery]:
     """The float base, then every width with every calibration."""
     settings = [Recovery(32, "full precision")]
     for bits in sorted(WIDTHS, reverse=True):
-        for calibration in CALIBRATIONS:
+        for calibration in (*CALIBRATIONS, "gptq"):
             settings.append(Recovery(bits, calibration))
     return settings
 
@@ -78,10 +78,10 @@ def settings_of_scale_sets() -> list[Recovery]:
     return settings
 
 
-THIRDS = {  # parts of the timesteps 0 .. T: from, to
-    "all": (0, 1),
-    "the first third": (0, 1 / 3),
-    "the last third": (2 / 3, 1),
+THIRDS = {
+    "all": DIFFUSION,
+    "the first third": PartOfTime(0, 1 / 3),
+    "the last third": PartOfTime(2 / 3, 1),
 }
 
 
@@ -96,12 +96,11 @@ def settings_of_thirds() -> dict[str, tuple[str, int]]:
 
 def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
     """Quantize the base by gptq with data from one of THIRDS: the loss at the timesteps of each."""
-    low, high = THIRDS[third]
-    data = calibration_data(seed=seed, low=low, high=high)
+    data = calibration_data(seed=seed, diffusion=THIRDS[third])
     model = quantize(load_model(BASE), bits, calibration="gptq", data=data)
     found = {}
-    for name, (low, high) in THIRDS.items():
-        found[name] = validation_loss(model, low=low, high=high)
+    for name, diffusion in THIRDS.items():
+        found[name] = validation_loss(model, diffusion=diffusion)
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import save
+from support.files import save
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "experiments" / "RESULTS.md"]

@@ -49,7 +49,8 @@ from runs import (
     SHOWN,
     tune,
 )
-from runtime import BASE, Parser, guard, load_model
+from sample import BASE, load_model
+from support.flags import Parser, guard, whole
 
 IN_SHORT = [  # the README's rows
     "the base",
@@ -94,8 +95,12 @@ def is_due(args, name, key):
 
 def run_all(args, rows, subjects):
     """Tune to each subject with each row and seed, if the log doesn't have it."""
+    for row in rows.values():
+        if row.last_commit and is_asked_for(args, row.name):
+            print(row.why_not_run(), file=sys.stderr)
+    rows = [row for row in rows.values() if not row.last_commit]
     for seed in range(args.seeds):
-        for row in rows.values():
+        for row in rows:
             for subject in subjects:
                 key = {"row": row.name, "subject": subject, "seed": seed}
                 asked_for = set(subject.split("+")) <= set(args.subjects)
@@ -397,15 +402,16 @@ TABLES = {
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     tables_help = f"{', '.join(TABLES)} (default: all, in this order)"
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=tables_help)
     subjects = toy.TABLE + toy.TUNING
     subjects_help = "those to run now (default: all)"
     parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
-    rows_help = "patterns of the rows to run now (default: all)"
+    rows_help = "patterns of the rows to run now"
     parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
-    parser.number("--seeds", int, 1, 1000, 1, "how many seeds to run now, from 0")
+    seeds_help = "how many seeds to run now, from 0"
+    parser.add_argument("--seeds", type=whole(1, 1000), default=1, help=seeds_help)
     write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
     parser.add_argument("--write", action="store_true", help=write_help)
     args = parse_with_log(parser)
