@@ -4,6 +4,7 @@ A checkpoint is a dict that torch.save has written. It says in "kind" what it ho
 "checksum" the hash of the rest, so that a damaged file is refused.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -81,7 +82,8 @@ def save(obj, path, write=write_checkpoint):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nor could it be made, perhaps
+            temporary.unlink()
         raise ValueError(
             f"{path} can't be written ({error.strerror}); make room, or give another path"
         ) from None

@@ -11,7 +11,9 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Help with the defaults, where there are any."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
