@@ -42,7 +42,7 @@ from stable_diffusion import UNet2DConditionModel, checkpoint_blocks  # the firs
 
 from calibrate import minmax
 from quant import deltas, merge, quantize
-from runtime import Parser, guard
+from support.flags import Parser, add_device, guard, whole
 
 SD15 = {  # unet/config.json of Stable Diffusion 1.5
     "sample_size": 64,
@@ -430,18 +430,18 @@ def table_row(row, results, reason):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.number("--seconds", int, 1, 10**6, 230, "time for everything")
-    parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows with this in their names"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script")
-    parser.device()
+    parser = Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--seconds", type=whole(1, 10**6), default=230, help="time for everything")
+    add("--rows", nargs="+", help="only rows with this in their names")
+    add("--tiny", action="store_true", help="a small UNet, to try the script")
+    add_device(parser)
     args = parser.parse_args()
     if args.device == "mps":
         parser.error("mps isn't measured; run this on a CUDA GPU or, with --device cpu, on Linux")
     deadline = time.monotonic() + args.seconds
-    rows = [row for row in ROWS if any(part in row.name for part in args.rows)]
+    parts = args.rows or [""]
+    rows = [row for row in ROWS if any(part in row.name for part in parts)]
     if not rows:
         raise ValueError(f"no row has {args.rows} in its name; there are {[r.name for r in ROWS]}")
 

@@ -22,6 +22,22 @@ megabyte for each bucket.
 
 The learning rate is DiffFit's for scale factors (Xie et al. 2023); it wasn't tuned on real weights.
 The same seed gives the same adapter on a CPU; on a GPU, PyTorch's attention sums in no fixed order.
+
+save_pretrained and from_pretrained don't know quantized layers: from_pretrained would leave random
+weights in their places, and only warn. Merge first, which gives a float model of one bucket:
+
+    merge(unet, 0).save_pretrained(folder)
+    unet = UNet2DConditionModel.from_pretrained(folder)
+
+or save what is packed, and put it into layers of the same shapes, bits and buckets:
+
+    torch.save(unet.state_dict(), "base.pt")
+    torch.save(adapter(unet), "adapter.pt")  # of what was trained since
+
+    unet = UNet2DConditionModel.from_config(unet.config)
+    quantize(unet, 4, 2, timestep="timestep", calibration="minmax")
+    unet.load_state_dict(torch.load("base.pt"))
+    load_adapter(unet, torch.load("adapter.pt"))
 """
 
 import contextlib
@@ -41,24 +57,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from calibrate import CALIBRATIONS
-from data.toy import SUFFIXES, files_with, read_rgb
-from quant import adapter, deltas, load_adapter, quantize, remember
-from runtime import (
-    WORLD_SIZE,
-    Loop,
-    Parser,
-    checksum,
-    claim,
-    filled,
-    filled_path,
-    guard,
-    load,
-    load_state,
-    restore,
-    save,
-    state_after,
-    write_png,
-)
+from quant import adapter, checkpoint_contexts, deltas, load_adapter, quantize
+from support.files import hash_of, load, save, write_png
+from support.flags import SEED, Parser, add_device, guard, path, real, whole
+from support.images import images_in, read_rgb
+from support.processes import WORLD_SIZE
+from support.runs import Run
 
 try:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -69,57 +73,54 @@ except (ImportError, RuntimeError) as error:
     print(f"{reason}; try pip install -r examples/requirements.txt", file=sys.stderr)
     sys.exit(2)
 
+# the kinds of files
+BASE = "Stable Diffusion base"
+STATE = "Stable Diffusion fine-tuning"
+ADAPTER = "Stable Diffusion adapter"
+
 
 def arguments():
-    parser = Parser(description="TuneQDM for Stable Diffusion 1.x and 2.x")
-    model_help = "a folder, or a name on the Hugging Face Hub"
-    parser.add_argument("--model", type=filled, required=True, help=model_help)
-    out = Path("out/stable-diffusion")
-    parser.add_argument("--out", type=filled_path, default=out, help="a folder")
-    base_help = "the quantized UNet (default: base.pt in --out)"
-    parser.add_argument("--base", type=filled_path, help=base_help)
-    parser.seed("seed of everything random")
-    parser.device()
+    parser = Parser("TuneQDM for Stable Diffusion 1.x and 2.x")
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, or a name on the Hugging Face Hub")
+    add("--out", type=path, default=Path("out/stable-diffusion"), help="a folder")
+    add("--base", type=path, help="the quantized UNet (default: base.pt in --out)")
+    add("--seed", type=SEED, default=0, help="of everything random")
+    add_device(parser)
 
-    data = parser.add_argument_group("data")
-    subject_help = "a folder with PNG or JPEG images of the subject"
-    data.add_argument("--subject", type=filled_path, help=subject_help)
-    data.add_argument("--prompt", help="names it by a rare word: 'a photo of sks dog'")
-    class_help = "a folder with images of its class"
-    data.add_argument("--class-images", type=filled_path, help=class_help)
-    data.add_argument("--class-prompt", help="names the class: 'a photo of a dog'")
+    add = parser.add_argument_group("data").add_argument
+    add("--subject", type=path, help="a folder with PNG or JPEG images of the subject")
+    add("--prompt", help="names it by a rare word: 'a photo of sks dog'")
+    add("--class-images", type=path, help="a folder with images of its class")
+    add("--class-prompt", help="names the class: 'a photo of a dog'")
 
-    quantizer = parser.add_argument_group("quantizer")
-    parser.number("--bits", int, 2, 8, 4, "bits of a weight", quantizer)
-    parser.number("--buckets", int, 1, 1000, 2, "scale sets over the timesteps", quantizer)
-    quantizer.add_argument("--calibration", choices=CALIBRATIONS, default="rowcol")
+    add = parser.add_argument_group("quantizer").add_argument
+    add("--bits", type=whole(2, 8), default=4, help="bits of a weight")
+    add("--buckets", type=whole(1, 1000), default=2, help="scale sets over the timesteps")
+    calibrations = [*CALIBRATIONS, "gptq"]
+    calibration_help = "how the integers and the first scales are found"
+    add("--calibration", choices=calibrations, default="rowcol", help=calibration_help)
 
-    run = parser.add_argument_group("training")
-    parser.number("--steps", int, 1, 10**7, 800, "optimizer steps", run)
-    parser.number("--lr", float, 0, 10, 1e-3, "learning rate of the relative scales", run)
-    parser.number("--batch", int, 1, 1024, 1, "images of the subject in a step", run)
-    parser.number("--prior", float, 0, 100, 1.0, "weight of the class images' loss", run)
-    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
-    run.add_argument(
-        "--no-checkpoint",
-        action="store_true",
-        help="keep all activations for backward: quicker steps, more memory",
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=whole(1, 10**7), default=800, help="optimizer steps")
+    add("--lr", type=real(0, 10), default=1e-3, help="learning rate of the relative scales")
+    add("--batch", type=whole(1, 1024), default=1, help="images of the subject in a step")
+    add("--prior", type=real(0, 100), default=1.0, help="weight of the class images' loss")
+    add("--resume", action="store_true", help="go on from the last state in --out")
+    no_checkpoint_help = "keep all activations for backward: quicker steps, more memory"
+    add("--no-checkpoint", action="store_true", help=no_checkpoint_help)
 
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sample", metavar="PROMPT", help="draw this with the adapter in --out")
-    parser.number("--n", int, 1, 1000, 8, "images", sampling)
-    parser.number("--sample-steps", int, 1, 500, 50, "steps of the sampler", sampling)
-    parser.number("--guidance", float, 1, 100, 7.5, "classifier-free guidance", sampling)
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sample", metavar="PROMPT", help="draw this with the adapter in --out")
+    add("--n", type=whole(1, 1000), default=8, help="images")
+    add("--sample-steps", type=whole(1, 500), default=50, help="steps of the sampler")
+    add("--guidance", type=real(1, 100), default=7.5, help="classifier-free guidance")
 
     args = parser.parse_args()
-    parser.check_processes()
+    args.base = args.base or args.out / "base.pt"
+    check_task(parser, args)
     if WORLD_SIZE > 1:
         parser.error("this example runs in one process; start it without torchrun")
-    args.base = args.base or args.out / "base.pt"
-    if bool(args.subject) == bool(args.sample):
-        parser.error("give --subject FOLDER to train, or --sample PROMPT to draw")
-    refuse_flags_of_the_other(parser, args)
     if args.subject and not args.prompt:
         parser.error("--subject needs --prompt, such as 'a photo of sks dog'")
     if bool(args.class_images) != bool(args.class_prompt):
@@ -133,17 +134,18 @@ def arguments():
     return args
 
 
-def refuse_flags_of_the_other(parser, args):
-    """End with a sentence if flags of sampling are given to train, or of training to draw."""
+def check_task(parser, args):
+    """End with a sentence unless the flags are those of training, or those of drawing."""
+    if bool(args.subject) == bool(args.sample):
+        parser.error("give --subject FOLDER to train, or --sample PROMPT to draw")
     data = ("prompt", "class_images", "class_prompt")
     quantizer = ("bits", "buckets", "calibration")
     training = ("steps", "lr", "batch", "prior", "resume", "no_checkpoint")
     sampling = ("n", "sample_steps", "guidance")
-    given = parser.given(None, sampling if args.subject else (*data, *quantizer, *training))
-    if given:
-        flags = " and ".join("--" + name.replace("_", "-") for name in given)
-        task = "--subject trains" if args.subject else "--sample draws"
-        parser.error(f"{task}, so it can't heed {flags}; leave that out")
+    for name in sampling if args.subject else (*data, *quantizer, *training):
+        if getattr(args, name) != parser.get_default(name):
+            task = "--subject trains" if args.subject else "--sample draws"
+            parser.error(f"{task}, and doesn't use --{name.replace('_', '-')}; leave it out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,24 +198,24 @@ def image_size(pipe, name):
     return latent_size * pipe.vae_scale_factor
 
 
-def read_image(path, size):
+def read_image(file, size):
     """The image's middle square: (1, 3, size, size) in [-1, 1]."""
-    image = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(read_rgb(file), (size, size), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image))  # (size, size, 3), uint8
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def images_in(folder):
-    """The paths of a folder's images."""
-    paths = files_with(SUFFIXES, folder)
-    if not paths:
-        raise ValueError(f"{folder} holds no PNG or JPEG files; give a folder that does")
-    return paths
+def find_images(folder):
+    """The files of a folder's images."""
+    files = images_in(folder)
+    if list(folder.glob("*.txt")):
+        print(f"{folder}: text files aren't used, one prompt serves all images", file=sys.stderr)
+    return files
 
 
-def checksum_of(folder):
-    """A checksum of the files of a folder's images."""
-    return checksum([hashlib.sha256(path.read_bytes()).hexdigest() for path in images_in(folder)])
+def hash_of_files(files):
+    """A hash of what is in these files."""
+    return hash_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
 def check_prompt(pipe, prompt):
@@ -224,12 +226,12 @@ def check_prompt(pipe, prompt):
 
 
 @torch.no_grad()
-def encode(pipe, folder, prompt, size):
-    """The latents of a folder's images, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
+def encode(pipe, files, prompt, size):
+    """The latents of M image files, (M, 4, h, w), and what the UNet attends to, (1, 77, C)."""
     check_prompt(pipe, prompt)
     latents = []
-    for path in tqdm(images_in(folder), f"encoding {folder.name}", leave=False):
-        image = read_image(path, size).to(pipe.device)
+    for file in tqdm(files, f"encoding {files[0].parent.name}", leave=False):
+        image = read_image(file, size).to(pipe.device)
         # the mean, so that one encoding serves all steps
         latents.append(pipe.vae.encode(image).latent_dist.mean.cpu())
     latents = torch.cat(latents) * pipe.vae.config.scaling_factor
@@ -242,9 +244,35 @@ def encode(pipe, folder, prompt, size):
 # --------------------------------------------------------------------------------------------------
 
 
-def made_by(args):
-    """The flags that decide what is in base.pt."""
-    return {"model": args.model, "bits": args.bits, "calibration": args.calibration}
+def load_unet(name, dtype=torch.float16):
+    """The float UNet of --model."""
+    return from_pretrained(UNet2DConditionModel, name, dtype, subfolder="unet")
+
+
+def hash_of_model(name):
+    """A hash of the UNet's weights: by tomorrow the same folder may hold others."""
+    return hash_of(load_unet(name).state_dict())
+
+
+def load_base(args, model):
+    """The contents of --base, which must be made of the model with this hash."""
+    base = load(args.base, BASE)
+    if base["made"].get("model") != model:
+        raise ValueError(
+            f"{args.base} was made of another UNet than --model {args.model} has now; "
+            "give that model, or another --base"
+        )
+    return base
+
+
+def check_quantizer(args, base):
+    """Raise ValueError if base was made with other flags."""
+    for key in ("bits", "calibration"):
+        value = base["made"][key]
+        if value != getattr(args, key):
+            raise ValueError(
+                f"{args.base} was made with --{key} {value}; give the same, or another --base"
+            )
 
 
 def calibration_data(latents, words, noise, device, n=64):
@@ -261,8 +289,11 @@ def calibration_data(latents, words, noise, device, n=64):
     return list(zip(*[a.to(device).split(4) for a in (x_t, t, words)]))
 
 
-def make_base(args, noise, data):
+def make_base(args, model, noise, data):
     """Quantize the UNet of --model and write it to --base, without deltas.
+
+    With one bucket and without its deltas, it serves runs with any number of buckets. model: the
+    hash of the UNet. noise, data: see tune.
 
     In float16 the UNet takes 1.7 GB of a GPU. gptq runs it, and takes float32 for that. Scales are
     float32 either way.
@@ -275,7 +306,7 @@ def make_base(args, noise, data):
         dtype = torch.float32
         latents, words = data[-1]  # of the class
         batches = calibration_data(latents, words, noise, args.device)
-    unet = from_pretrained(UNet2DConditionModel, args.model, dtype, subfolder="unet")
+    unet = load_unet(args.model, dtype)
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     unet.to(args.device)
     quantize(unet, args.bits, T=T, calibration=args.calibration, data=batches)
@@ -284,8 +315,8 @@ def make_base(args, noise, data):
     for name in deltas(unet):
         del state[name]
     base = {
-        "kind": "Stable Diffusion base",
-        "made": made_by(args),
+        "kind": BASE,
+        "made": {"model": model, "bits": args.bits, "calibration": args.calibration},
         "config": config,
         "T": T,
         "unet": state,
@@ -308,11 +339,11 @@ def checkpoint_blocks(unet):
     """Keep only the inputs of the UNet's blocks for backward, which runs each block again.
 
     By then the UNet's call is over, and with it what its layers were told of the batch's timesteps.
-    remember tells them again.
+    checkpoint_contexts tells them again.
     """
 
     def run(block, *inputs):
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=remember)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=checkpoint_contexts)
 
     unet.enable_gradient_checkpointing(run)
 
@@ -333,29 +364,18 @@ def draw_batch(data, n, generator):
     return torch.cat(x0), torch.cat(words)
 
 
-def tune(unet, noise, data, args, state=None, inputs=None):
+def tune(unet, noise, data, args, run):
     """Train the deltas of unet.
 
     noise: a DDPMScheduler. data: latents and prompt of the subject and, if there are images of it,
-    of the class, as encode returns them. state: the state.pt of a stopped run, to go on from.
-    inputs: checksums of what the run reads, see load_state.
+    of the class, as encode returns them. run: yields the steps, and saves and resumes them.
     """
     T = noise.config.num_train_timesteps
     trained = deltas(unet)
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # of every random draw, on the CPU
-    first = 0
-    if state is not None:
-        first = restore(state, args, optimizer, generator, trained=trained)
-
-    def save_state(step):
-        contents = {"kind": "Stable Diffusion state", "inputs": inputs or {}, "trained": trained}
-        state = state_after(step, args, optimizer, generator, **contents)
-        save(state, args.out / "state.pt")
-
-    loop = Loop("tuning", args, first, T, trained.values(), save_state)
     # fmt: off
-    for step in loop:
+    for step in run.steps(optimizer, generator, trained):
         warm_up = min(1, (step + 1) / 20)
         optimizer.param_groups[0]["lr"] = args.lr * warm_up * (1 - step / args.steps)
 
@@ -375,7 +395,7 @@ def tune(unet, noise, data, args, state=None, inputs=None):
         loss = error[:args.batch].mean()
         if len(data) == 2:
             loss = loss + args.prior * error[args.batch:].mean()
-        loop.watch(error, t)
+        run.watch(error, t, T)
 
         optimizer.zero_grad()
         loss.backward()
@@ -396,36 +416,46 @@ def peak_memory(device):
 
 
 def train(args):
-    if args.resume:
-        load_state(args, "Stable Diffusion state")  # if that fails, it does before all else
-    pipe = load_pipeline(args.model).to(args.device)
-    noise = DDPMScheduler.from_config(pipe.scheduler.config)
-    size = image_size(pipe, args.model)
-    data = [encode(pipe, args.subject, args.prompt, size)]
+    # find what is read
+    files = {"subject": find_images(args.subject)}
     if args.class_images:
-        data.append(encode(pipe, args.class_images, args.class_prompt, size))
+        files["class-images"] = find_images(args.class_images)
+    pipe = load_pipeline(args.model)
+    size = image_size(pipe, args.model)
+    model = hash_of_model(args.model)
+    base = None
+    if args.base.exists():
+        base = load_base(args, model)
+        check_quantizer(args, base)
+
+    # with --resume, Run refuses another run's state before anything is computed
+    inputs = {flag: hash_of_files(images) for flag, images in files.items()}
+    inputs["model"] = model
+    inputs["base"] = hash_of(base)
+    free = ["class_images", "no_checkpoint", "n", "sample_steps", "guidance"]
+    run = Run(args, STATE, inputs, free)
+
+    pipe.to(args.device)
+    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    data = [encode(pipe, files["subject"], args.prompt, size)]
+    if args.class_images:
+        data.append(encode(pipe, files["class-images"], args.class_prompt, size))
     del pipe  # and with it the VAE and the text encoder
 
-    if not args.base.exists():
-        make_base(args, noise, data)
-    base = load(args.base, "Stable Diffusion base")
-    if base["made"] != made_by(args):
-        flags = " ".join(f"--{key} {value}" for key, value in base["made"].items())
-        raise ValueError(f"{args.base} was made with {flags}; give the same, or another --base")
-    inputs = {"base": checksum(base["unet"]), "subject": checksum_of(args.subject)}
-    if args.class_images:
-        inputs["class-images"] = checksum_of(args.class_images)
-    state = load_state(args, "Stable Diffusion state", inputs) if args.resume else None
+    if base is None:
+        make_base(args, model, noise, data)
+        base = load_base(args, model)
+        run.inputs["base"] = hash_of(base)
     unet = build(base, args.buckets).to(args.device)
     if not args.no_checkpoint:
         checkpoint_blocks(unet)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    tune(unet, noise, data, args, state, inputs)
+    tune(unet, noise, data, args, run)
 
     path = args.out / "adapter.pt"
-    save({"kind": "Stable Diffusion adapter", "buckets": args.buckets, **adapter(unet)}, path)
+    save({"kind": ADAPTER, "buckets": args.buckets, **adapter(unet)}, path)
     count = sum(delta.numel() for delta in deltas(unet).values())
     print(f"wrote {path}: {count:,} scales in {path.stat().st_size / 1e6:.2f} MB")
     print(f"peak memory {peak_memory(args.device) / 1e9:.2f} GB ({args.device})")
@@ -443,10 +473,8 @@ def draw(args):
     The pipeline gives the UNet one timestep for all samples, so a call takes one bucket's scales.
     Weights stay packed while it draws.
     """
-    subject = load(args.out / "adapter.pt", "Stable Diffusion adapter")
-    base = load(args.base, "Stable Diffusion base")
-    if base["made"]["model"] != args.model:
-        raise ValueError(f"{args.base} was made with --model {base['made']['model']}; give that")
+    subject = load(args.out / "adapter.pt", ADAPTER)
+    base = load_base(args, hash_of_model(args.model))
     unet = build(base, subject["buckets"])
     load_adapter(unet, subject)
     pipe = load_pipeline(args.model, unet).to(args.device)
@@ -483,13 +511,10 @@ def main():
     args = arguments()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    args.base.parent.mkdir(parents=True, exist_ok=True)
-    lock = claim(args.out)
     if args.subject:
         train(args)
     else:
         draw(args)
-    lock.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The Stable Diffusion example, on a pipeline with a few thousand random weights: no download."""
+# ruff: noqa: E402, for what is imported after the check that it is installed
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, run
+from conftest import run, spread
 from PIL import Image
 
-pytest.importorskip("diffusers", reason="pip install -r examples/requirements.txt")
-pytest.importorskip("transformers", reason="pip install -r examples/requirements.txt")
-sys.path.insert(0, str(ROOT / "examples"))
+NEEDED = "diffusers isn't installed: pip install -r examples/requirements.txt"
+pytest.importorskip("diffusers", reason=NEEDED)
+pytest.importorskip("transformers", reason=NEEDED)
 
+import diffusers
 import memory
 import stable_diffusion
 from diffusers import (
@@ -30,11 +33,21 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from stable_diffusion import ADAPTER, BASE, STATE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import runtime
-from quant import QuantLayer, bucket, deltas, equal_edges, merge, quantize
-from runtime import load, save
+from quant import (
+    QuantLayer,
+    adapter,
+    bucket,
+    deltas,
+    equal_edges,
+    load_adapter,
+    merge,
+    quantize,
+)
+from support.files import load, save
+from support.runs import Run
 
 SCHEDULE = {
     "beta_schedule": "scaled_linear",
@@ -56,9 +69,6 @@ def make_unet():
         cross_attention_dim=16,
         attention_head_dim=8,
     )
-
-
-KIND = "Stable Diffusion adapter"
 
 
 def save_pipeline(folder):
@@ -124,14 +134,14 @@ def flags(folder):
 
 
 def saved_deltas(folder):
-    return load(folder / "adapter.pt", KIND)["deltas"]
+    return load(folder / "adapter.pt", ADAPTER)["deltas"]
 
 
 def test_a_run_trains_both_buckets(world):
     files = {path.name for path in (world / "run").iterdir()}
     assert files == {"adapter.pt", "base.pt", "state.pt", "lock"}
-    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
-    stable_diffusion.load_adapter(unet, load(world / "run" / "adapter.pt", KIND))
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", BASE), 2)
+    stable_diffusion.load_adapter(unet, load(world / "run" / "adapter.pt", ADAPTER))
     for b in ("0", "1"):
         moved = [delta.any() for name, delta in deltas(unet).items() if name.endswith(f"_{b}")]
         assert len(moved) > 50 and sum(moved) > 0.8 * len(moved)
@@ -139,14 +149,18 @@ def test_a_run_trains_both_buckets(world):
 
 def test_base_is_the_quantized_model(world):
     """What build makes of base.pt is what quantize makes of the model's weights in float16."""
-    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
-    quantized = UNet2DConditionModel.from_pretrained(world / "model", subfolder="unet").half()
-    quantize(quantized, 4, 2, calibration="minmax", timestep="timestep").float()
-    assert unet.quant_config == quantized.quant_config
-    same(unet.state_dict(), quantized.state_dict())
-    assert all(value.dtype in (torch.float32, torch.uint8) for value in unet.state_dict().values())
+    base = load(world / "run" / "base.pt", BASE)
+    assert all(value.dtype in (torch.float32, torch.uint8) for value in base["unet"].values())
+    for num_buckets in (1, 2, 5):  # it serves any number
+        unet = stable_diffusion.build(base, num_buckets)
+        quantized = stable_diffusion.load_unet(world / "model")
+        assert quantized.dtype == torch.float16
+        quantize(quantized, 4, num_buckets, calibration="minmax", timestep="timestep").float()
+        assert unet.quant_config == quantized.quant_config
+        same(unet.state_dict(), quantized.state_dict())
 
 
+@pytest.mark.slow
 def test_gptq_sees_the_class_at_all_timesteps(world, tmp_path, monkeypatch):
     """gptq gets noisy class images, and a base is made of them and tuned."""
     calibration_data = stable_diffusion.calibration_data
@@ -159,13 +173,14 @@ def test_gptq_sees_the_class_at_all_timesteps(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stable_diffusion, "quantize", quantize_and_note)
     assert run(stable_diffusion, *flags(world), "--calibration", "gptq", "--out", tmp_path) == 0
-    base = load(tmp_path / "base.pt", "Stable Diffusion base")
+    base = load(tmp_path / "base.pt", BASE)
     assert base["made"]["calibration"] == "gptq"
     assert saved_deltas(tmp_path).any()
 
     pipe = stable_diffusion.load_pipeline(world / "model")
+    files = stable_diffusion.find_images(world / "dogs")
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
-    latents, words = stable_diffusion.encode(pipe, world / "dogs", "a dog", 8)
+    latents, words = stable_diffusion.encode(pipe, files, "a dog", 8)
     few = calibration_data(latents, words, noise, "cpu", n=4)
     torch.testing.assert_close(given[0], few, rtol=0, atol=0)
     data = calibration_data(latents, words, noise, "cpu")
@@ -178,31 +193,58 @@ def test_gptq_sees_the_class_at_all_timesteps(world, tmp_path, monkeypatch):
         assert (eps.std((1, 2, 3)) - 1).abs().min() < 0.3
 
 
-def test_a_run_is_not_resumed_with_other_images(world, tmp_path, capsys, monkeypatch):
-    once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
-    shutil.copy(world / "run" / "state.pt", tmp_path)
-    images = tmp_path / "dogs"
-    shutil.copytree(world / "dogs", images)
-    state = load(tmp_path / "state.pt", "Stable Diffusion state")
-    state["args"] |= {"class_images": str(images), "base": str(world / "run" / "base.pt")}
-    save(state, tmp_path / "state.pt")
-    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 0
+def test_a_run_is_resumed_with_the_same_contents_only(world, tmp_path, capsys, monkeypatch):
+    again = [*flags(world), "--out", tmp_path, "--resume"]
+    for name in ("state.pt", "base.pt"):
+        shutil.copy(world / "run" / name, tmp_path)
+    dogs = tmp_path / "dogs"
+    shutil.copytree(world / "dogs", dogs)
+    again += ["--class-images", dogs]
+    assert run(stable_diffusion, *again) == 0
+    assert torch.equal(saved_deltas(tmp_path), saved_deltas(world / "run"))
 
     # another device encodes the same images to other latents
     encode = stable_diffusion.encode
     with monkeypatch.context() as patch:
         patch.setattr(stable_diffusion, "encode", lambda *args: [1.001 * x for x in encode(*args)])
-        assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 0
+        assert run(stable_diffusion, *again) == 0
 
-    shutil.copy(world / "dog" / "1.png", images / "0.png")
-    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 2
-    assert "for which --class-images had other contents" in capsys.readouterr().err
+    shutil.copy(world / "dog" / "1.png", dogs / "0.png")
+    assert run(stable_diffusion, *again) == 2
+    assert "other contents of --class-images" in capsys.readouterr().err
+    shutil.copy(world / "dogs" / "0.png", dogs)
 
-    shutil.copy(world / "dogs" / "0.png", images)
-    state["trained"] = {name: value[1:] for name, value in state["trained"].items()}
-    save(state, tmp_path / "state.pt")
-    assert run(stable_diffusion, *once, "--class-images", images, "--resume") == 2
-    assert "doesn't hold a whole state" in capsys.readouterr().err
+    base = load(tmp_path / "base.pt", BASE)
+    base["unet"]["conv_in.bias"] += 1
+    save(base, tmp_path / "base.pt")
+    assert run(stable_diffusion, *again) == 2
+    assert "other contents of --base" in capsys.readouterr().err
+    (tmp_path / "base.pt").unlink()
+    assert run(stable_diffusion, *again) == 2
+    assert "other contents of --base" in capsys.readouterr().err
+    assert not (tmp_path / "base.pt").exists()
+
+
+def test_other_weights_in_the_same_folder_are_another_model(world, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    shutil.copy(world / "run" / "base.pt", tmp_path)
+    shutil.copy(world / "run" / "adapter.pt", tmp_path)
+    trains = [*flags(world), "--model", f"{model}/", "--out", tmp_path, "--steps", 1]
+    draws = ["--model", model, "--sample", "sks dog", "--device", "cpu", "--out", tmp_path]
+    draws += ["--n", 1, "--sample-steps", 1]
+    assert run(stable_diffusion, *trains) == 0  # a copy of the model, under another name
+    shutil.copy(world / "run" / "adapter.pt", tmp_path)
+    assert run(stable_diffusion, *draws) == 0
+
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight *= 1.01
+    unet.save_pretrained(model / "unet")
+    capsys.readouterr()
+    for command in (trains, draws):
+        assert run(stable_diffusion, *command) == 2
+        assert "was made of another UNet than" in capsys.readouterr().err
 
 
 def test_checkpointing_and_a_shared_base_change_no_bit(world, tmp_path):
@@ -215,28 +257,25 @@ def test_checkpointing_and_a_shared_base_change_no_bit(world, tmp_path):
 
 
 def test_stopped_and_resumed_is_the_same_as_one_run(world, tmp_path, monkeypatch, capsys):
-    watch = runtime.Loop.watch
+    watch = Run.watch
 
     def watch_and_interrupt(self, *args):
         watch(self, *args)
         os.kill(os.getpid(), signal.SIGINT)
 
     once = [*flags(world), "--base", world / "run" / "base.pt", "--out", tmp_path]
-    monkeypatch.setattr(runtime.Loop, "watch", watch_and_interrupt)
+    monkeypatch.setattr(Run, "watch", watch_and_interrupt)
     assert run(stable_diffusion, *once) == 130
-    assert load(tmp_path / "state.pt", "Stable Diffusion state")["step"] == 1
+    assert load(tmp_path / "state.pt", STATE)["step"] == 1
     assert not (tmp_path / "adapter.pt").exists()
     assert run(stable_diffusion, *once, "--resume") == 130
-    monkeypatch.setattr(runtime.Loop, "watch", watch)
+    monkeypatch.setattr(Run, "watch", watch)
     assert run(stable_diffusion, *once, "--resume", "--lr", 0.1) == 2
     assert "comes from a run with --lr 0.01" in capsys.readouterr().err
     assert run(stable_diffusion, *once, "--resume") == 0
     assert "peak memory" in capsys.readouterr().out
-    for name in ("adapter.pt", "state.pt"):
-        resumed = torch.load(tmp_path / name, weights_only=True)
-        whole = torch.load(world / "run" / name, weights_only=True)
-        resumed.get("args", {})["base"] = whole.get("args", {}).get("base")
-        same(resumed, whole)
+    for name, kind in (("adapter.pt", ADAPTER), ("state.pt", STATE)):
+        same(load(tmp_path / name, kind), load(world / "run" / name, kind))
 
 
 def same(a, b):
@@ -281,14 +320,18 @@ def test_target(kind, asked, tmp_path, monkeypatch):
     """An oracle's loss is zero if it is asked for what it predicts, and not if for the other."""
     monkeypatch.setattr(sys, "argv", ["x", "--model", "m", "--subject", "s", "--prompt", "p"])
     args = stable_diffusion.arguments()
-    args.steps, args.batch, args.device, args.out = 4, 8, "cpu", tmp_path
+    args.steps = 4
+    args.batch = 8
+    args.device = "cpu"
+    args.out = tmp_path
     noise = DDPMScheduler.from_config({**SCHEDULE, "prediction_type": asked})
     x0 = torch.randn(1, 4, 8, 8)
     oracle = Oracle(x0, noise, v=kind == "v_prediction")
     quantize(oracle, 8, 2, timestep="timestep")
     errors = []
-    monkeypatch.setattr(runtime.Loop, "watch", lambda self, error, t: errors.append(error))
-    stable_diffusion.tune(oracle, noise, [(x0, torch.zeros(1, 24, 16))], args)
+    monkeypatch.setattr(Run, "watch", lambda self, error, t, T: errors.append(error))
+    data = [(x0, torch.zeros(1, 24, 16))]
+    stable_diffusion.tune(oracle, noise, data, args, Run(args, STATE))
     assert len(errors) == 4 and errors[0].shape == (8,)
     if kind == asked:
         assert torch.stack(errors).max() < 1e-4
@@ -311,7 +354,7 @@ def test_pipeline_uses_the_bucket_of_each_timestep(world, kind):
     """A packed call is the merged model's of that bucket, whatever the scheduler's timesteps are:
     PNDM's are whole, Euler's are fractions.
     """
-    unet = stable_diffusion.build(load(world / "run" / "base.pt", "Stable Diffusion base"), 2)
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", BASE), 2)
     for delta in deltas(unet).values():
         nn.init.normal_(delta, std=0.3)
     merged = [merge(unet, b) for b in range(2)]
@@ -339,6 +382,52 @@ def test_pipeline_uses_the_bucket_of_each_timestep(world, kind):
     assert used == {0, 1}
 
 
+class Warnings(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+@torch.no_grad()
+def test_a_quantized_unet_is_saved_as_the_docstring_says(world, tmp_path, monkeypatch):
+    unet = stable_diffusion.build(load(world / "run" / "base.pt", BASE), 2)
+    torch.save(unet.state_dict(), tmp_path / "base.pt")
+    spread(unet)
+    x = torch.randn(2, 4, 8, 8)
+    words = torch.randn(2, 5, 16)
+
+    # not so: the weights are random, and there is but a warning
+    heard = Warnings()
+    logger = diffusers.utils.logging.get_logger("diffusers")
+    logger.addHandler(heard)
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    unet.save_pretrained(tmp_path / "quantized")
+    lost = UNet2DConditionModel.from_pretrained(tmp_path / "quantized", low_cpu_mem_usage=False)
+    logger.removeHandler(heard)
+    assert any("newly initialized" in text for text in heard.texts)
+    assert not torch.allclose(lost(x, 100, words).sample, unet(x, 100, words).sample, atol=0.1)
+
+    # but so: merged ...
+    merge(unet, 1).save_pretrained(tmp_path / "float")
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "float", low_cpu_mem_usage=False)
+    torch.testing.assert_close(plain(x, 900, words).sample, unet(x, 900, words).sample)
+
+    # ... or packed
+    torch.save(adapter(unet), tmp_path / "adapter.pt")
+    loaded = UNet2DConditionModel.from_config(unet.config)
+    quantize(loaded, 4, 2, timestep="timestep", calibration="minmax")
+    loaded.load_state_dict(torch.load(tmp_path / "base.pt"))
+    load_adapter(loaded, torch.load(tmp_path / "adapter.pt"))
+    load_adapter(unet, torch.load(tmp_path / "adapter.pt"))  # rounds the deltas
+    t = torch.tensor([100, 900])
+    assert torch.equal(loaded(x, t, words).sample, unet(x, t, words).sample)
+
+
 def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
     for name in ("adapter.pt", "base.pt"):
         (tmp_path / name).write_bytes((world / "run" / name).read_bytes())
@@ -354,24 +443,20 @@ def test_draws_a_grid(world, tmp_path, monkeypatch, capsys):
     assert (one == five[8:, :8]).all()  # the fifth image is seed 4's first
 
     # the adapter is what is drawn
-    adapter = load(tmp_path / "adapter.pt", KIND)
-    adapter["deltas"] += 0.5
-    save(adapter, tmp_path / "adapter.pt")
+    subject = load(tmp_path / "adapter.pt", ADAPTER)
+    subject["deltas"] += 0.5
+    save(subject, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command, "--n", 1, "--seed", 4) == 0
     assert (one != np.array(Image.open(tmp_path / "sample.png"))).any()
-    adapter["fingerprint"] = "another"
-    save(adapter, tmp_path / "adapter.pt")
+    subject["fingerprint"] = "another"
+    save(subject, tmp_path / "adapter.pt")
     assert run(stable_diffusion, *command) == 2
     assert "made for another base" in capsys.readouterr().err
 
 
-def test_draws_with_the_model_that_the_base_was_made_of(world, tmp_path, capsys):
-    shutil.copytree(world / "model", tmp_path / "other")
-    command = ["--device", "cpu", "--out", world / "run"]
-    assert run(stable_diffusion, "--model", tmp_path / "other", "--sample", "dog", *command) == 2
-    assert f"was made with --model {world / 'model'}; give that" in capsys.readouterr().err
-    long = "sks dog" * 9
-    assert run(stable_diffusion, "--model", world / "model", "--sample", long, *command) == 2
+def test_a_prompt_that_is_too_long_is_not_drawn(world, capsys):
+    command = ["--model", world / "model", "--device", "cpu", "--out", world / "run"]
+    assert run(stable_diffusion, *command, "--sample", "sks dog" * 9) == 2
     assert "too many for the model" in capsys.readouterr().err
     assert not (world / "run" / "sample.png").exists()
 
@@ -387,6 +472,20 @@ def test_a_folder_of_images_is_not_written_to(name, world, capsys):
     assert run(stable_diffusion, *flags(world), "--out", world / name) == 2
     assert "can't be --out" in capsys.readouterr().err
     assert len(list((world / name).iterdir())) == 2
+
+
+def test_text_files_are_said_to_be_unused(world, tmp_path, capsys):
+    shutil.copytree(world / "dog", tmp_path / "dog")
+    stable_diffusion.find_images(tmp_path / "dog")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "dog" / "0.txt").write_text("on a beach")
+    (tmp_path / "dog" / "1.txt").write_text("asleep")
+    assert [file.name for file in stable_diffusion.find_images(tmp_path / "dog")] == [
+        "0.png",
+        "1.png",
+    ]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "text files aren't used" in line
 
 
 def test_transparent_pixels_are_black(tmp_path):
@@ -415,15 +514,15 @@ def test_bad_input_is_one_sentence(world, tmp_path, capsys):
         "give --subject": ["--model", "x"],
         "needs --prompt": ["--model", "x", "--subject", "x"],
         "belong together": [*trains, "--class-prompt", "x"],
-        "--sample draws, so it can't heed --bits and --resume": [*draws, "--resume", "--bits", 3],
-        "--sample draws, so it can't heed --no-checkpoint": [*draws, "--no-checkpoint"],
-        "--subject trains, so it can't heed --n": [*trains, "--n", 3],
+        "--sample draws, and doesn't use --bits": [*draws, "--bits", 3],
+        "--sample draws, and doesn't use --no-checkpoint": [*draws, "--no-checkpoint"],
+        "--subject trains, and doesn't use --n": [*trains, "--n", 3],
         "needs --class-images": [*flags(world)[:8], "--calibration", "gptq"],
         "from 2 to 8": ["--model", "x", "--bits", 9],
         "can't be read": [*flags(world), "--model", tmp_path / "missing"],
         "can't be read (": [*flags(world), "--model", tmp_path / "damaged"],
         "is a StableDiffusionXLPipeline": [*flags(world), "--model", tmp_path / "sdxl"],
-        "holds no PNG or JPEG": [*flags(world), "--subject", tmp_path / "empty"],
+        "is not a folder with PNG or JPEG": [*flags(world), "--subject", tmp_path / "empty"],
         "dog.png can't be read": [*flags(world), "--subject", tmp_path / "broken"],
         "is empty": [*flags(world), "--subject", ""],
         "no file named config.json": [*flags(world), "--model", tmp_path / "no unet"],
@@ -452,6 +551,7 @@ def test_scheduler_that_predicts_the_sample_is_refused(world, tmp_path):
         stable_diffusion.load_pipeline(model)
 
 
+@pytest.mark.slow
 def test_memory_measures_every_method(monkeypatch, capsys):
     """All that examples/memory.py does, in this process and on a tiny UNet."""
     memory.check("cpu")
@@ -505,8 +605,8 @@ def test_memory_goes_on_after_a_failed_row(monkeypatch, capsys):
 def test_check_notices_a_wrong_layer(factor, monkeypatch):
     scale_samples = QuantLayer.scale_samples
 
-    def wrong(self, x, d, rows):
-        return factor * scale_samples(self, x, d, rows)
+    def wrong(self, x, d, index):
+        return factor * scale_samples(self, x, d, index)
 
     monkeypatch.setattr(QuantLayer, "scale_samples", wrong)
     with pytest.raises(ValueError, match="differs from the plain formula"):
