@@ -55,6 +55,20 @@ def test_the_packed_base_of_lora_is_packed(small):
     assert {name.split(".")[-2] for name in trained} == {"lora_a", "lora_b"}
 
 
+def test_checkpointed_blocks_keep_less_and_their_gradients_are_the_same(small):
+    batch = bench.batch_of(3, small, "cpu")
+    kept = []
+    gradients = []
+    for method in ("TuneQDM, ours, N = 2", "TuneQDM, ours, N = 2, checkpointed"):
+        model = bench.build(method, small, "cpu")
+        kept.append(bench.kept_bytes(model, batch))
+        bench.loss_of(model, batch).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert kept[1] < 0.6 * kept[0]
+    for plain, again in zip(*gradients):
+        assert torch.equal(plain, again)
+
+
 def test_kept_bytes_counts_each_storage_once_and_no_weight(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.ReLU(), nn.ReLU())
     monkeypatch.setattr(bench, "loss_of", lambda model, batch: model(*batch).square().mean())

@@ -4,11 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 import figures
-from runtime import BASE
 
-LOG = BASE.parents[1] / "experiments" / "runs.jsonl"
+LOG = ROOT / "experiments" / "runs.jsonl"
 
 
 def left_by_one_scale(w, dw):
