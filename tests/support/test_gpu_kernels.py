@@ -1,4 +1,4 @@
-"""The GPU's kernels against the plain code of quant.py, and CUDA graphs against plain calls.
+"""The GPU's kernels against the plain code of quant.py.
 
 The kernels run on a GPU if there is one. If not, Triton's interpreter runs them on the CPU, if
 Triton is installed (conftest.py asks for it); else their tests are skipped.
@@ -6,21 +6,21 @@ Triton is installed (conftest.py asks for it); else their tests are skipped.
 
 import copy
 import importlib.util
-import io
 import sys
 
 import pytest
 import torch
 import torch.nn as nn
 
-import graphs
 import quant
-import runtime
+import support
+import train
 from calibrate import minmax
-from graphs import Graphed, graphed, with_known_buckets
-from model import UNet
-from quant import QuantConv2d, QuantLinear, deltas, find_buckets, quantize, remember
-from runtime import BASE, load_model
+from data import toy
+from quant import QuantConv2d, QuantLinear, batch_of, deltas, quantize, set_batch
+from sample import BASE, load_model
+from support.files import save
+from support.runs import Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +51,7 @@ if DEVICE == "cuda":  # those of a UNet of 860 million parameters, too large for
     LAYERS["860M 3x3"] = lambda: nn.Conv2d(2560, 1280, 3, padding=1)
     LAYERS["860M 1x1"] = lambda: nn.Conv2d(640, 320, 1)
     LAYERS["860M stem"] = lambda: nn.Conv2d(4, 320, 3, padding=1)
-BITS = (2, 3, 4, 8)
+BITS = (2, 7, 8)  # 7 is three pieces
 DTYPES = (torch.float32, torch.bfloat16)
 EPSILON = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # of one operation
 LAYER_EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # the plain code rounds products too
@@ -155,15 +155,15 @@ def test_gradient_of(shape, layout, with_bias, is_mixed, dtype):
     b = activation(shape, CHANNELS_FIRST, dtype)  # the memory formats of the two may differ
     c = shape[layer.channel_dim]
     bias = torch.randn(c).to(DEVICE, dtype) if with_bias else None
-    slot = torch.arange(len(a), device=DEVICE) % 2 if is_mixed else None
+    index = torch.arange(len(a), device=DEVICE) % 2 if is_mixed else None
     d = torch.zeros((2, c) if is_mixed else c, device=DEVICE)
 
-    got = by_kernels(lambda: layer.gradient_of(d, a, b, bias, slot))
-    again = by_kernels(lambda: layer.gradient_of(d, a, b, bias, slot))
+    got = by_kernels(lambda: layer.gradient_of(d, a, b, bias, index))
+    again = by_kernels(lambda: layer.gradient_of(d, a, b, bias, index))
     assert torch.equal(got, again)
 
     def exact(a, b, bias):
-        return by_plain_code(lambda: layer.gradient_of(d.double(), a, b, bias, slot))
+        return by_plain_code(lambda: layer.gradient_of(d.double(), a, b, bias, index))
 
     a, b = a.double(), b.double()
     bias = None if bias is None else bias.double()
@@ -208,12 +208,12 @@ def test_scale_samples(shape, layout, dtype):
     torch.manual_seed(0)
     layer = layer_for(layout)
     x = activation(shape, layout, dtype)
-    slot = torch.arange(len(x), device=DEVICE) % 2
+    index = torch.arange(len(x), device=DEVICE) % 2
     c = shape[layer.channel_dim]
     d = (torch.randn(2, c) / 10).to(DEVICE)
 
-    got = by_kernels(lambda: layer.scale_samples(x, d, slot))
-    wanted = by_plain_code(lambda: layer.scale_samples(x.float(), d, slot))
+    got = by_kernels(lambda: layer.scale_samples(x, d, index))
+    wanted = by_plain_code(lambda: layer.scale_samples(x.float(), d, index))
     assert got.stride() == x.stride()
     torch.testing.assert_close(got, wanted.to(dtype), rtol=EPSILON[dtype], atol=1e-6)
 
@@ -229,15 +229,14 @@ def test_layer(name, t, dtype):
     is_conv = isinstance(layer, QuantConv2d)
     shape = (3, layer.shape[1] * layer.groups, 8, 8) if is_conv else (3, 7, layer.shape[1])
     x = activation(shape, CHANNELS_LAST if is_conv else ROWS, dtype).requires_grad_()
-    buckets, slot = find_buckets(torch.tensor(t, device=DEVICE), [0, 500, 1000])
-    batch = quant.Batch(None, buckets, slot)
+    batch = batch_of(torch.tensor(t, device=DEVICE), [0, 500, 1000])
     g = None
 
     def run():
         nonlocal g
         layer.zero_grad()
         x.grad = None
-        with quant.batch_set(batch):
+        with set_batch(batch):
             y = layer(x)
         if g is None:
             g = torch.randn(y.shape).to(y)
@@ -270,10 +269,11 @@ def test_a_single_image_and_a_single_vector():
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", ["triton", "gpu_kernels"])
+@pytest.mark.parametrize("missing", ["triton", "support.gpu_kernels"])
 def test_the_plain_code_runs_without(missing, monkeypatch):
     """A copy of quant.py, imported without Triton or gpu_kernels.py, quantizes and trains."""
-    monkeypatch.delitem(sys.modules, "gpu_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "support.gpu_kernels", raising=False)
+    monkeypatch.delattr(support, "gpu_kernels", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)  # its import fails
     spec = importlib.util.spec_from_file_location("quant_alone", quant.__file__)
     alone = importlib.util.module_from_spec(spec)
@@ -303,159 +303,22 @@ def test_kernels_run_on_the_gpu():
     assert not quant.has_kernels_for(torch.zeros(0, device=DEVICE))
 
 
-# --------------------------------------------------------------------------------------------------
-# CUDA graphs
-# --------------------------------------------------------------------------------------------------
-
-
-def small_unet(num_buckets=2):
-    """A quantized UNet, and three batches: the two buckets mixed, and each alone."""
-    torch.manual_seed(0)
-    model = UNet(channels=(32, 32), attention=(1,), c_emb=16, c_words=16)
-    nn.init.normal_(model.out.weight, std=0.1)
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-    quantize(model, 4, num_buckets, calibration="minmax")
-    batches = []
-    for t in ([900, 100], [900, 950], [10, 20]):
-        x = torch.randn(2, 3, 16, 16).to(DEVICE, memory_format=torch.channels_last)
-        words = torch.randint(22, (2, 7)).to(DEVICE)
-        batches.append((x, torch.tensor(t, device=DEVICE), words))
-    return model, batches
-
-
-def train(model, net, batches):
-    """Three rounds of training steps; returns the losses and all deltas."""
-    optimizer = torch.optim.Adam(deltas(model).values(), lr=1e-2, fused=True)
-    losses = []
-    for x, t, words in 3 * batches:
-        loss = (net(x, t, words) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach().view(1))
-    return torch.cat([*losses, *[delta.detach().flatten() for delta in deltas(model).values()]])
-
-
-def test_a_cpu_has_no_graphs():
-    model, _ = small_unet()
-    assert DEVICE == "cuda" or graphed(model) is model
-
-
-def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
-    """What a graph records doesn't look at t to find the buckets."""
-    model, batches = small_unet()
-    for x, t, words in batches:
-        buckets, slot = find_buckets(t, model.quant_config["edges"])
-        results = []
-        names = list(deltas(model))
-        for net in (model, with_known_buckets(model, buckets, names)):
-            model.zero_grad()
-            with monkeypatch.context() as patch:
-                if net is not model:
-                    patch.setattr(quant, "find_buckets", None)
-                    v = net(slot, x, t, words, *deltas(model).values())
-                else:
-                    v = net(x, t, words)
-            v.square().mean().backward()
-            results.append([v, *[delta.grad for delta in deltas(model).values()]])
-        assert quant.current.batch is None
-        for plain, same in zip(*results):
-            assert (plain is None and same is None) or torch.equal(plain, same)
-
-
-@pytest.mark.parametrize("num_buckets", [1, 2])
-def test_each_kind_of_call_is_recorded_once(num_buckets, monkeypatch):
-    """What surrounds the recordings, which are replaced by plain calls: on the CPU as well."""
-
-    def record(module, samples, **kwargs):
-        assert all(sample.data_ptr() != x.data_ptr() for sample in samples for x in batches[0])
-        return module
-
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    model, batches = small_unet(num_buckets)
-    copied = copy.deepcopy(model)
-    net = Graphed(copied)
-    assert torch.equal(train(copied, net, batches), train(model, model, batches))
-    kinds = 1 if num_buckets == 1 else 3  # mixed, and either bucket alone
-    assert len(net.recordings) == kinds
-    with torch.no_grad():
-        net(*batches[0])
-        net(*batches[0])
-    assert len(net.recordings) == kinds + 1
-    copied.eval()
-    for _ in range(2):
-        net(*batches[0])
-    assert len(net.recordings) == kinds + 2
-
-    monkeypatch.setattr(graphs, "MOST_RECORDINGS", kinds + 2)
-    for _ in range(3):
-        net(batches[0][0][:1], batches[0][1][:1], batches[0][2][:1])
-    assert len(net.recordings) == kinds + 2
-
-
 @needs_gpu
-@pytest.mark.parametrize("num_buckets", [1, 2])
-@pytest.mark.parametrize("blocks", ["kept", "checkpointed"])
-def test_graphed_training_is_plain_training(num_buckets, blocks):
-    """The same losses and deltas to the last bit, if plain training repeats itself that well."""
-    model, batches = small_unet(num_buckets)
-    if blocks == "checkpointed":
-        model.checkpoint_blocks(remember)
-    results = []
-    for wrap in (lambda model: model, lambda model: model, graphed, graphed):
-        copied = copy.deepcopy(model)
-        results.append(train(copied, wrap(copied), batches))
-    plain, plain_again, graph, graph_again = results
-    torch.testing.assert_close(graph, plain, rtol=1e-3, atol=1e-4)
-    if torch.equal(plain, plain_again):
-        assert torch.equal(graph, graph_again)
-        assert torch.equal(graph, plain)
-
-
-@needs_gpu
-def test_graphed_takes_float_models_autocast_and_sampling():
-    torch.manual_seed(0)
-    model = UNet(channels=(32, 32), attention=(1,), c_emb=16, c_words=16).to(DEVICE)
-    nn.init.normal_(model.out.weight, std=0.1)
-    _, batches = small_unet()
-    net = graphed(model)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        for _ in range(3):
-            for x, t, words in batches:
-                model.zero_grad()
-                net(x, t.cpu(), words).square().mean().backward()
-                grad = model.stem.weight.grad.clone()
-                model.zero_grad()
-                model(x, t, words).square().mean().backward()
-                torch.testing.assert_close(grad, model.stem.weight.grad, rtol=0.05, atol=1e-3)
-    with torch.no_grad():
-        for _ in range(3):
-            for x, t, words in batches:
-                torch.testing.assert_close(net(x, t, words), model(x, t, words))
-
-
-@needs_gpu
-def test_a_resumed_run_leaves_the_same_bytes(tmp_path, monkeypatch):
-    import train as script
-    from data import toy
-
+def test_a_run_that_is_resumed_on_the_gpu_ends_in_the_same_bytes(tmp_path, monkeypatch):
     flags = ["--buckets", "2", "--steps", "12", "--batch", "2", "--device", DEVICE]
-    args = script.arguments([*flags, "--out", str(tmp_path)])
-    images = toy.load_subject(BASE.parent / "subjects" / "mo", script.SUBJECT_WORD)
+    args = train.arguments([*flags, "--out", str(tmp_path)])
+    images, captions = toy.load_subject(BASE.parent / "subjects" / "mo", train.SUBJECT_WORD)
     base = quantize(load_model(BASE, DEVICE), 4, 2, calibration="minmax")
-    monkeypatch.setattr(runtime, "SAVE_EVERY", 5)
     states = []
+    monkeypatch.setattr(support.runs, "SAVE_EVERY", 5)
+    monkeypatch.setattr(support.runs, "save", lambda state, _: states.append(copy.deepcopy(state)))
 
-    def keep(state, path):
-        file = io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        states.append(torch.load(file, map_location="cpu"))
-
-    monkeypatch.setattr(script, "save", keep)
-    script.finetune(copy.deepcopy(base), args, *images)  # saves at steps 5, 10 and 12
-    script.finetune(copy.deepcopy(base), args, *images, states[0])  # at 10 and 12
+    run = Run(args, "fine-tuning")
+    train.finetune(copy.deepcopy(base), images, captions, args, run)  # saves at steps 5, 10 and 12
+    run.lock.close()
+    save(states[0], tmp_path / "state.pt")
+    args.resume = True
+    train.finetune(base, images, captions, args, Run(args, "fine-tuning"))  # at 10 and 12
     assert [state["step"] for state in states] == [5, 10, 12, 10, 12]
-    for name, delta in states[2]["trained"].items():
-        assert torch.equal(delta, states[4]["trained"][name]), name
+    for name, delta in states[2]["tensors"].items():
+        assert torch.equal(delta, states[4]["tensors"][name]), name
