@@ -396,6 +396,16 @@ def test_backward_through_a_checkpoint_may_run_twice():
         torch.testing.assert_close(twice, 2 * grad)
 
 
+def test_backward_inside_a_call_leaves_that_one_its_timesteps():
+    model = spread(quantized(2, net=Checkpointed))
+    model.run = partial(checkpoint, use_reentrant=False, context_fn=checkpoint_contexts)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x, MIXED)
+    loss = model(x, MIXED.flip(0)).sum()
+    model.norm.register_forward_hook(lambda *_: loss.backward(retain_graph=True))
+    assert torch.equal(model(x, MIXED), expected)
+
+
 # --------------------------------------------------------------------------------------------------
 # torch.compile, GPUs
 # --------------------------------------------------------------------------------------------------
