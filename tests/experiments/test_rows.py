@@ -160,6 +160,7 @@ def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path)
 )
 def test_a_run_reports_shares_and_what_it_trained(small_base, tmp_path, monkeypatch, name):
     monkeypatch.setattr(runs.train, "PROMPTS", runs.train.PROMPTS[:2])
+    monkeypatch.setattr(runs.train, "IMAGES_PER_PROMPT", 2)
     args = args_in(tmp_path)
     row = ROWS[name]
     short = replace(row, flags=f"{row.flags} --steps 2 --sample-steps 2")
