@@ -79,9 +79,10 @@ class Graphed:
 
 
 class Forward(nn.Module):
-    """model.forward without the model's hooks: what they would do is done before a recording.
+    """model.forward alone: the model's hooks don't run in a recording.
 
-    To find the buckets in t, the CPU would have to wait for the GPU, which a recording can't hold.
+    A quantized model's hook finds the buckets in t. For that the CPU waits for the GPU, which a
+    recording can't hold.
     """
 
     def __init__(self, model):
