@@ -22,7 +22,7 @@ from quant import bucket
 from report import parse_with_log, runs_of
 from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, losses, prepare
 from sample import BASE, sample
-from support.files import load, save
+from support.files import load
 from support.flags import Parser, guard
 
 SUBJECT = "bix"  # the subject of the figures that show one
@@ -251,21 +251,17 @@ FIGURES = {
 }
 
 
-def write_figure(figure, file):
-    """Write a figure to a file in binary mode; for save(figure, path, write_figure)."""
-    figure.savefig(file, format="png", dpi=80, bbox_inches="tight")
-
-
 def main():
     parser = Parser(__doc__.split("\n")[0])
     args = parse_with_log(parser)
     folder = Path(__file__).resolve().parent / "figures"
     if args.quick:
         folder = Path("out") / args.log.stem
+    folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
         figure = draw(args)
-        save(figure, path, write_figure)
+        figure.savefig(path, dpi=80, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {path}: {draw.__doc__}")
 

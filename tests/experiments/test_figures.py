@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 
 import figures
 
@@ -79,3 +79,17 @@ def test_the_figure_of_bytes_has_a_line_for_each_method_that_trains():
         "TuneQDM, N = 4",
         "LoRA r = 2, packed base",
     ]
+
+
+def test_quick_figures_do_not_replace_those_that_ship(tmp_path, monkeypatch):
+    def draw(args):
+        """A point."""
+        figure, axis = figures.plt.subplots()
+        axis.plot([0], [0], "o")
+        return figure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "FIGURES", {"a": draw})
+    assert run(figures, "--quick") == 0
+    assert (tmp_path / "out" / "quick" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert not (ROOT / "experiments" / "figures" / "a.png").exists()
