@@ -14,8 +14,7 @@ from data.score import matches, score
 from model import Diffusion, UNet
 from sample import load_model, sample
 from support.files import save
-from support.flags import Parser, add_run_flags, guard, path, real, whole
-from support.processes import RANK, WORLD_SIZE, parallel, share_of_process, use_device
+from support.flags import Parser, guard, number, path
 from support.runs import Run
 
 # Timesteps in the middle, where the details of a creature are decided, are drawn twice as often.
@@ -26,11 +25,11 @@ def arguments(argv=None):
     """The flags."""
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=whole(0, 10**7), default=20000, help="optimizer steps")
-    add("--lr", type=real(0, 10), default=2e-3, help="learning rate")
-    add("--batch", type=whole(1, 4096), default=64, help="images in a step of each process")
+    add("--steps", type=number(0, 10**7), default=20000, help="optimizer steps")
+    add("--lr", type=number(0.0, 10.0), default=2e-3, help="learning rate")
+    add("--batch", type=number(1, 4096), default=64, help="images in a step of each process")
     add("--out", type=path, default=Path("out/pretrain"), help="folder to write")
-    add_run_flags(parser)
+    parser.add_training()
     return parser.parse_args(argv)
 
 
@@ -57,15 +56,16 @@ def pretrain(args, run):
         for key, value in weights.state_dict().items():
             moved[f"{name}.{key}"] = value
 
-    net = parallel(model, args)
+    net = run.prepare(model)
     # fmt: off
     for step in run.steps(optimizer, generator, moved):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
-        x0, words = toy.sample_scenes(args.batch * WORLD_SIZE, generator)   # (N, 3, 16, 16), (N, L)
-        t = diffusion.draw_timesteps(len(x0), generator, FOCUS)             # (N,)
+        n = args.batch * run.processes    # all processes draw the same, and take their shares
+        x0, words = toy.sample_scenes(n, generator)                         # (N, 3, 16, 16), (N, L)
+        t = diffusion.draw_timesteps(n, generator, FOCUS)                   # (N,)
         eps = torch.randn(x0.shape, generator=generator)                    # (N, 3, 16, 16)
-        x0, words, t, eps = share_of_process((x0, words, t, eps), args.device)
+        x0, words, t, eps = run.share((x0, words, t, eps))
 
         x_t = diffusion.q_sample(x0, t, eps)
         with torch.autocast(args.device, dtype=torch.bfloat16):
@@ -131,9 +131,9 @@ def random_prompt(shapes, generator):
 
 def main():
     args = arguments()
-    use_device(args.device)
-    ema = pretrain(args, Run(args, "pretraining", free=["steps"]))  # more steps may follow
-    if RANK > 0:
+    run = Run(args, "pretraining", free=["steps"])  # more steps may follow
+    ema = pretrain(args, run)
+    if not run.is_first:
         return
     base = {
         "kind": "model",

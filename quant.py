@@ -58,8 +58,8 @@ from torch import Tensor
 from calibrate import CALIBRATIONS
 from gptq import quantize_with_data, set_layers
 from support import checks
+from support.edges import add_edges
 from support.files import hash_of
-from support.state_dict import add_edges, others_and_base, unwrapped
 
 try:
     from support import gpu_kernels as kernels  # on a GPU they do a layer's work in fewer launches
@@ -686,6 +686,28 @@ def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm
+
+
+def others_and_base(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's state_dict without deltas: what else training moves, and what stays.
+
+    Training moves parameters that require a gradient, and the running statistics of BatchNorm.
+    """
+    mine = {id(delta) for delta in deltas(model).values()}
+    others = {}
+    base = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in mine or not torch.is_tensor(tensor):
+            continue
+        name = name.replace("_orig_mod.", "")  # torch.compile has it in the names of its parts
+        if tensor.requires_grad or name.endswith(STATISTICS):
+            others[name] = tensor
+        else:
+            base[name] = tensor
+    return others, base
+
+
 def adapter(model: nn.Module) -> dict:
     """What was trained, ready for torch.save: kilobytes, if it is deltas.
 
@@ -695,9 +717,9 @@ def adapter(model: nn.Module) -> dict:
     little from one that loads the adapter. Raises ValueError if a number isn't finite (a delta: in
     float16), and if no parameter requires a gradient, because then nothing says what was trained.
     """
-    model = unwrapped(model)
+    model = checks.unwrapped(model)
     mine = deltas(model)
-    others, base = others_and_base(model, mine)
+    others, base = others_and_base(model)
     values = torch.cat([delta.detach() for delta in mine.values()]).half().cpu()
     others = {name: tensor.detach().cpu().clone() for name, tensor in others.items()}
     checks.check_trained(model, {"a delta": values, **others})
@@ -717,10 +739,10 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
     trained in, and cast the model afterwards; and load it into the saved base rather than one that
     another processor has quantized.
     """
-    model = unwrapped(model)
+    model = checks.unwrapped(model)
     mine = deltas(model)
     sizes = [delta.numel() for delta in mine.values()]
-    others, base = others_and_base(model, mine)
+    others, base = others_and_base(model)
     tensors = {**others, **base}
     checks.check_adapter(saved, model.quant_config, sum(sizes), tensors)
     with torch.no_grad():
@@ -738,7 +760,7 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     All of the copy can be trained. Raises IndexError if there is no such bucket, and ValueError if
     hooks of a layer or the buckets of another quantized model inside would be lost.
     """
-    model = unwrapped(model)
+    model = checks.unwrapped(model)
     checks.check_merge(model, bucket_index)
     model = copy.deepcopy(model)
     plain_of = {}  # a layer used in two places stays one layer

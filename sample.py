@@ -13,8 +13,8 @@ from tqdm import tqdm
 from data import toy
 from model import Diffusion, UNet
 from quant import bucket, load_adapter, merge, quantize
-from support.files import load, save, write_png
-from support.flags import SEED, Parser, add_device, guard, path, real, whole
+from support.files import load, save
+from support.flags import Parser, guard, number, path
 
 BASE = Path(__file__).resolve().parent / "data" / "base.pt"  # the pretrained model that ships
 
@@ -172,14 +172,14 @@ def arguments():
     add("--ckpt", type=path, default=BASE, help="a base or a tuned model")
     add("--adapter", type=path, help="an adapter to put on the quantized model of --ckpt")
     add("--prompt", default="red creature on green stripes", help="a caption")
-    add("--n", type=whole(1, 1000), default=8, help="images")
+    add("--n", type=number(1, 1000), default=8, help="images")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="DDIM's steps add no noise")
-    add("--steps", type=whole(1, 1000), default=40, help="timesteps visited, of 1000")
-    add("--cfg-scale", type=real(0, 100), default=3.0, help="guidance; 1 is the plain model")
-    add("--seed", type=SEED, default=0, help="of the noise")
+    add("--steps", type=number(1, 1000), default=40, help="timesteps visited, of 1000")
+    add("--cfg-scale", type=number(0.0, 100.0), default=3.0, help="guidance; 1 is the plain model")
     add("--packed", action="store_true", help="never hold float weights: less memory, slower")
     add("--out", type=path, default=Path("out/sample.png"), help="the PNG to write")
-    add_device(parser)
+    parser.add_seed()
+    parser.add_device()
     return parser.parse_args()
 
 
@@ -211,7 +211,7 @@ def main():
         progress=True,
         packed=args.packed,
     )
-    save(toy.tile(images, min(args.n, 8)), args.out, write_png)
+    save(toy.tile(images, min(args.n, 8)), args.out)
     print(f"wrote {args.out}: {args.n} images of '{args.prompt}'")
 
 

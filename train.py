@@ -15,9 +15,8 @@ from data.score import score
 from model import Diffusion
 from quant import adapter, deltas, load_adapter, quantize
 from sample import BASE, load_model, sample
-from support.files import file_size, hash_of, save, write_png
-from support.flags import Parser, add_run_flags, guard, path, real, whole
-from support.processes import RANK, WORLD_SIZE, parallel, share_of_process, use_device
+from support.files import file_size, save
+from support.flags import Parser, guard, number, path
 from support.runs import Run
 
 SUBJECT_WORD = "sks"  # the rare word that becomes the subject's name
@@ -43,7 +42,7 @@ def arguments(argv=None):
     scales_help = "train the scales of rows (PEQA), or of rows and columns"
     add("--scales", choices=("out", "out+in"), default="out+in", help=scales_help)
     buckets_help = "scale sets over the 1000 timesteps"
-    add("--buckets", type=whole(1, 1000), default=1, help=buckets_help)
+    add("--buckets", type=number(1, 1000), default=1, help=buckets_help)
     add(
         "--calibration",
         choices=("minmax", "mse", "rowcol", "gptq"),
@@ -54,15 +53,15 @@ def arguments(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--subject", default="mo", help="a folder of images, or a name in data/subjects")
     add("--base", type=path, default=BASE, help="a pretrained model")
-    add("--steps", type=whole(0, 10**7), default=1000, help="optimizer steps")
-    add("--lr", type=real(0, 10), help="learning rate; 0.03 for scales, 0.001 at 32 bits")
+    add("--steps", type=number(0, 10**7), default=1000, help="optimizer steps")
+    add("--lr", type=number(0.0, 10.0), help="learning rate; 0.03 for scales, 0.001 at 32 bits")
     batch_help = "instance images in a step of each process, and as many class images"
-    add("--batch", type=whole(1, 4096), default=8, help=batch_help)
-    add("--prior", type=real(0, 100), default=0.3, help="weight of the class images' loss")
+    add("--batch", type=number(1, 4096), default=8, help=batch_help)
+    add("--prior", type=number(0.0, 100.0), default=0.3, help="weight of the class images' loss")
     sample_help = "timesteps visited for a scored image"
-    add("--sample-steps", type=whole(1, 1000), default=40, help=sample_help)
+    add("--sample-steps", type=number(1, 1000), default=40, help=sample_help)
     add("--out", type=path, help="folder to write, by default such as out/mo-4bit")
-    add_run_flags(parser)
+    parser.add_training()
 
     args = parser.parse_args(argv)
     if args.bits == 32 and (args.scales, args.buckets, args.calibration) != ("out+in", 1, "rowcol"):
@@ -108,15 +107,16 @@ def finetune(model, instance, captions, args, run):
     generator = torch.Generator().manual_seed(args.seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=args.lr, fused=True)
-    net = parallel(model, args)
+    net = run.prepare(model)
     # fmt: off
     for step in run.steps(optimizer, generator, trained):
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
 
         # B instance and B class images for each process. All draw the same, and take their shares
-        x0, words, t = draw_batch(args.batch * WORLD_SIZE, instance, captions, diffusion, generator)
+        n = args.batch * run.processes
+        x0, words, t = draw_batch(n, instance, captions, diffusion, generator)
         eps = torch.randn(x0.shape, generator=generator)                # (2B, 3, 16, 16)
-        x0, words, t, eps = share_of_process((x0, words, t, eps), args.device, parts=2)
+        x0, words, t, eps = run.share((x0, words, t, eps), parts=2)
 
         x_t = diffusion.q_sample(x0, t, eps)                            # (2B, 3, 16, 16)
         v = net(x_t, t, words)                                          # (2B, 3, 16, 16)
@@ -183,7 +183,7 @@ def captions_of(prompts):
 def evaluate(model, parts, args):
     """Images of all PROMPTS, and the means of their exact scores, {} if parts is None."""
     words = torch.tensor(captions_of(PROMPTS))
-    images = sample(model, words, args.sample_steps, seed=args.seed, progress=RANK == 0)
+    images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
     scores = score(images, words, parts, toy.WORD[SUBJECT_WORD])
@@ -198,7 +198,6 @@ def evaluate(model, parts, args):
 def main():
     start = time.time()
     args = arguments()
-    use_device(args.device)
 
     # load
     folder = find_subject(args.subject)
@@ -206,7 +205,7 @@ def main():
     instance, captions = toy.load_subject(folder, SUBJECT_WORD)
     parts = toy.read_parts(folder)
     model = load_model(args.base, args.device, kinds=["model"])
-    inputs = {"base": hash_of(model.state_dict()), "subject": hash_of([instance, captions])}
+    inputs = {"base": model.state_dict(), "subject": [instance, captions]}
     run = Run(args, "fine-tuning", inputs, free=["sample_steps"])
 
     # quantize
@@ -216,11 +215,12 @@ def main():
         T = Diffusion().T
         quantize(model, args.bits, args.buckets, T, args.scales, args.calibration, data=data)
         tuned = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
-    images_before, scores_before = evaluate(model, parts, args)
+    if run.is_first:
+        images_before, scores_before = evaluate(model, parts, args)
 
     # fine-tune
     finetune(model, instance, captions, args, run)
-    if RANK > 0:
+    if not run.is_first:
         return
     if args.bits < 32:
         subject = {"kind": "adapter", **adapter(model)}
@@ -239,7 +239,7 @@ def main():
         save(subject, args.out / "adapter.pt")
     title = title_of(args)
     page = draw_result(instance, images_before, images_after, title)
-    save(page, args.out / "grid.png", write_png)
+    save(page, args.out / "grid.png")
 
     # report
     subject_file = args.out / ("adapter.pt" if args.bits < 32 else "tuned.pt")

@@ -42,7 +42,7 @@ from stable_diffusion import UNet2DConditionModel, checkpoint_blocks  # the firs
 
 from calibrate import minmax
 from quant import deltas, merge, quantize
-from support.flags import Parser, add_device, guard, whole
+from support.flags import Parser, guard, number
 
 SD15 = {  # unet/config.json of Stable Diffusion 1.5
     "sample_size": 64,
@@ -432,10 +432,10 @@ def table_row(row, results, reason):
 def main():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--seconds", type=whole(1, 10**6), default=230, help="time for everything")
+    add("--seconds", type=number(1, 10**6), default=230, help="time for everything")
     add("--rows", nargs="+", help="only rows with this in their names")
     add("--tiny", action="store_true", help="a small UNet, to try the script")
-    add_device(parser)
+    parser.add_device()
     args = parser.parse_args()
     if args.device == "mps":
         parser.error("mps isn't measured; run this on a CUDA GPU or, with --device cpu, on Linux")

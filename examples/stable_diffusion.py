@@ -58,8 +58,8 @@ from tqdm import tqdm
 
 from calibrate import CALIBRATIONS
 from quant import adapter, checkpoint_contexts, deltas, load_adapter, quantize
-from support.files import hash_of, load, save, write_png
-from support.flags import SEED, Parser, add_device, guard, path, real, whole
+from support.files import hash_of, load, save
+from support.flags import Parser, guard, number, path
 from support.images import images_in, read_rgb
 from support.processes import WORLD_SIZE
 from support.runs import Run
@@ -85,8 +85,8 @@ def arguments():
     add("--model", required=True, help="a folder, or a name on the Hugging Face Hub")
     add("--out", type=path, default=Path("out/stable-diffusion"), help="a folder")
     add("--base", type=path, help="the quantized UNet (default: base.pt in --out)")
-    add("--seed", type=SEED, default=0, help="of everything random")
-    add_device(parser)
+    parser.add_seed()
+    parser.add_device()
 
     add = parser.add_argument_group("data").add_argument
     add("--subject", type=path, help="a folder with PNG or JPEG images of the subject")
@@ -95,26 +95,26 @@ def arguments():
     add("--class-prompt", help="names the class: 'a photo of a dog'")
 
     add = parser.add_argument_group("quantizer").add_argument
-    add("--bits", type=whole(2, 8), default=4, help="bits of a weight")
-    add("--buckets", type=whole(1, 1000), default=2, help="scale sets over the timesteps")
+    add("--bits", type=number(2, 8), default=4, help="bits of a weight")
+    add("--buckets", type=number(1, 1000), default=2, help="scale sets over the timesteps")
     calibrations = [*CALIBRATIONS, "gptq"]
     calibration_help = "how the integers and the first scales are found"
     add("--calibration", choices=calibrations, default="rowcol", help=calibration_help)
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=whole(1, 10**7), default=800, help="optimizer steps")
-    add("--lr", type=real(0, 10), default=1e-3, help="learning rate of the relative scales")
-    add("--batch", type=whole(1, 1024), default=1, help="images of the subject in a step")
-    add("--prior", type=real(0, 100), default=1.0, help="weight of the class images' loss")
+    add("--steps", type=number(1, 10**7), default=800, help="optimizer steps")
+    add("--lr", type=number(0.0, 10.0), default=1e-3, help="learning rate of the relative scales")
+    add("--batch", type=number(1, 1024), default=1, help="images of the subject in a step")
+    add("--prior", type=number(0.0, 100.0), default=1.0, help="weight of the class images' loss")
     add("--resume", action="store_true", help="go on from the last state in --out")
     no_checkpoint_help = "keep all activations for backward: quicker steps, more memory"
     add("--no-checkpoint", action="store_true", help=no_checkpoint_help)
 
     add = parser.add_argument_group("sampling").add_argument
     add("--sample", metavar="PROMPT", help="draw this with the adapter in --out")
-    add("--n", type=whole(1, 1000), default=8, help="images")
-    add("--sample-steps", type=whole(1, 500), default=50, help="steps of the sampler")
-    add("--guidance", type=real(1, 100), default=7.5, help="classifier-free guidance")
+    add("--n", type=number(1, 1000), default=8, help="images")
+    add("--sample-steps", type=number(1, 500), default=50, help="steps of the sampler")
+    add("--guidance", type=number(1.0, 100.0), default=7.5, help="classifier-free guidance")
 
     args = parser.parse_args()
     args.base = args.base or args.out / "base.pt"
@@ -431,7 +431,7 @@ def train(args):
     # with --resume, Run refuses another run's state before anything is computed
     inputs = {flag: hash_of_files(images) for flag, images in files.items()}
     inputs["model"] = model
-    inputs["base"] = hash_of(base)
+    inputs["base"] = base
     free = ["class_images", "no_checkpoint", "n", "sample_steps", "guidance"]
     run = Run(args, STATE, inputs, free)
 
@@ -482,16 +482,16 @@ def draw(args):
     pipe.set_progress_bar_config(disable=True)
     images = []
     # one by one, so that an image depends on the sum of the seed and its number only
-    for number in tqdm(range(args.n), "drawing", leave=False):
+    for i in tqdm(range(args.n), "drawing", leave=False):
         with torch.autocast(args.device, torch.bfloat16):
             images += pipe(
                 args.sample,
                 num_inference_steps=args.sample_steps,
                 guidance_scale=args.guidance,
-                generator=torch.Generator().manual_seed(args.seed + number),
+                generator=torch.Generator().manual_seed(args.seed + i),
             ).images
     path = args.out / "sample.png"
-    save(to_grid(images), path, write_png)
+    save(to_grid(images), path)
     print(f"wrote {path}: {args.n} images of '{args.sample}'")
 
 
@@ -501,8 +501,8 @@ def to_grid(images, columns=4):
     rows = -(-len(images) // columns)  # rounded up
     width, height = images[0].size
     grid = Image.new("RGB", (columns * width, rows * height), "white")
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
         grid.paste(image, (column * width, row * height))
     return grid
 

@@ -30,7 +30,7 @@ from model import Diffusion, Stage, UNet
 from quant import adapter, checkpoint_contexts, merge, quantize
 from report import print_table
 from support.files import file_size
-from support.flags import Parser, add_device, guard, whole
+from support.flags import Parser, guard, number
 
 DIFFUSION = Diffusion()
 
@@ -460,10 +460,10 @@ def main():
         "--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 16, 64]
     )
     rounds_help = "steps of each method that are timed, in turn"
-    parser.add_argument("--rounds", type=whole(1, 1000), default=5, help=rounds_help)
+    parser.add_argument("--rounds", type=number(1, 1000), default=5, help=rounds_help)
     compile_help = "every method under torch.compile (minutes for each)"
     parser.add_argument("--compile", action="store_true", help=compile_help)
-    add_device(parser)
+    parser.add_device()
     args = parser.parse_args()
     TABLES[args.table](args)
 

@@ -29,7 +29,7 @@ import quant
 from bench import SIZES, STABLE_DIFFUSION, Size, clock, ours
 from graphs import graphed
 from model import UNet
-from support.flags import Parser, add_device, guard, real, whole
+from support.flags import Parser, guard, number
 
 START = time.perf_counter()
 WARM_UP = 4  # calls: a plain one, one that is recorded, two replays
@@ -319,15 +319,17 @@ def main():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do")
-    add("--seconds", type=real(1, 1e6), default=200, help="after which nothing more is measured")
-    add("--test-seconds", type=real(1, 1e6), default=70, help="that the tests may take")
-    add("--rounds", type=whole(1, 1000), default=7, help="steps that are timed")
+    add(
+        "--seconds", type=number(1.0, 1e6), default=200, help="after which nothing more is measured"
+    )
+    add("--test-seconds", type=number(1.0, 1e6), default=70, help="that the tests may take")
+    add("--rounds", type=number(1, 1000), default=7, help="steps that are timed")
     add(
         "--tiny",
         action="store_true",
         help="tiny models, to try this script (on a CPU no kernels or graphs run)",
     )
-    add_device(parser)
+    parser.add_device()
     args = parser.parse_args()
 
     triton = quant.kernels.triton.__version__ if quant.kernels else "none"

@@ -75,7 +75,7 @@ def append(log: Path, key: dict, found: dict):
     if log.exists():
         whole, is_cut = whole_lines(log)
         if is_cut:
-            save(whole, log, write_text)
+            save(whole, log)
     with log.open("a") as file:
         file.write(json.dumps({**key, **found}) + "\n")
 
@@ -123,7 +123,7 @@ def write_table(title: str, table: str):
         text = document.read_text(encoding="utf-8")
         new = old.sub(lambda _: marker + table, text)  # a string's backslashes would be escapes
         if new != text:
-            save(new, document, write_text)
+            save(new, document)
 
 
 def mean_sd(values: list[float], digits: int = 2) -> str:
@@ -133,8 +133,3 @@ def mean_sd(values: list[float], digits: int = 2) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {x.std(correction=0):.{digits}f}"
-
-
-def write_text(text, file):
-    """Write text to a file that is open in binary mode; for save(text, path, write_text)."""
-    file.write(text.encode())

@@ -50,7 +50,7 @@ from runs import (
     tune,
 )
 from sample import BASE, load_model
-from support.flags import Parser, guard, whole
+from support.flags import Parser, guard, number
 
 IN_SHORT = [  # the README's rows
     "the base",
@@ -411,7 +411,7 @@ def main():
     rows_help = "patterns of the rows to run now"
     parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
     seeds_help = "how many seeds to run now, from 0"
-    parser.add_argument("--seeds", type=whole(1, 1000), default=1, help=seeds_help)
+    parser.add_argument("--seeds", type=number(1, 1000), default=1, help=seeds_help)
     write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
     parser.add_argument("--write", action="store_true", help=write_help)
     args = parse_with_log(parser)

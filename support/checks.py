@@ -1,7 +1,8 @@
-"""What quantize, gptq, load_adapter and merge refuse, and why: for users with models of their own.
+"""For quant.py and gptq.py: what quantize, adapter, load_adapter and merge refuse, and why.
 
 Each check raises ValueError with one sentence that names the culprit and the remedy, before
-anything is changed. Nothing here is needed to understand the method.
+anything is changed. Users with models of their own meet it. What it lets pass, it returns: the
+layers to replace, patterns and batches as lists.
 """
 
 import inspect
@@ -232,6 +233,21 @@ def check_moments(name, moments):
 
 OTHER = "the adapter was made for another base"
 GIVE = "give the quantized model that it was trained on"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The quantized model, if DistributedDataParallel or torch.compile is around it.
+
+    Raises ValueError if there is none.
+    """
+    while "quant_config" not in vars(model):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise ValueError(
+                "the model isn't quantized, or is inside of others; call quantize first"
+            )
+        model = inner
+    return model
 
 
 def check_trained(model: nn.Module, values: dict):

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and loaded without trusting them. For all scripts.
+"""For all scripts: files written whole or not at all, and loaded without trusting them; one hash.
 
 A checkpoint is a dict that torch.save has written. It says in "kind" what it holds, and in
 "checksum" the hash of the rest, so that a damaged file is refused.
@@ -54,18 +54,18 @@ def file_size(obj) -> int:
     return file.tell()
 
 
-def write_checkpoint(obj, file):
-    """Write a dict with torch.save, and its hash beside it."""
-    torch.save({**obj, "checksum": hash_of(obj)}, file)
+def write(obj, file):
+    """Write a dict with torch.save and its hash beside it, a str as text, a PIL image as PNG."""
+    if isinstance(obj, dict):
+        torch.save({**obj, "checksum": hash_of(obj)}, file)
+    elif isinstance(obj, str):
+        file.write(obj.encode())
+    else:
+        obj.save(file, "png")
 
 
-def write_png(image, file):
-    """Write a PIL image as PNG; for save(image, path, write_png)."""
-    image.save(file, "png")
-
-
-def save(obj, path, write=write_checkpoint):
-    """Write obj to path by write(obj, file), in folders that are made if they aren't there.
+def save(obj, path):
+    """Write obj to path (see write), in folders that are made if they aren't there.
 
     It is written under another name first, which is then renamed, so path holds the old file or the
     new one, and never half of one. Raises ValueError if that fails, such as on a full disk.

@@ -1,10 +1,12 @@
-"""Flags with ranges, and errors of one line: for all scripts."""
+"""For all scripts: flags with ranges, and errors of one line."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import torch
+
+from support.processes import use_gpu_of_process
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -25,19 +27,39 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
+    def add_seed(self):
+        """Add --seed. A thousand times as much must fit into the 32 bits of a seed of PyTorch's."""
+        seed = number(0, 4_000_000)
+        self.add_argument("--seed", type=seed, default=0, help="of everything random")
 
-def whole(low: int, high: int):
-    """The type of a flag that takes a whole number from low to high."""
-    return number(int, low, high, "a whole number")
+    def add_device(self):
+        """Add --device; its default is the best one on this machine."""
+        found = ["cpu"]
+        if torch.backends.mps.is_available():
+            found.insert(0, "mps")
+        if torch.cuda.is_available():
+            found.insert(0, "cuda")
+        self.add_argument("--device", choices=found, default=found[0], help="where to compute")
+
+    def add_training(self):
+        """Add the flags that runs of training share, whatever they train."""
+        self.add_seed()
+        self.add_device()
+        self.add_argument("--resume", action="store_true", help="go on from the state in --out")
+        compile_help = "torch.compile: shorter steps after a minute or two of compiling"
+        self.add_argument("--compile", action="store_true", help=compile_help)
+
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        if getattr(args, "device", None) == "cuda":
+            use_gpu_of_process()
+        return args
 
 
-def real(low: float, high: float):
-    """The type of a flag that takes a number from low to high."""
-    return number(float, low, high, "a number")
-
-
-def number(kind, low, high, name):
-    """The type of a flag that takes kind(text) from low to high."""
+def number(low, high):
+    """The type of a flag that takes a number from low to high: a whole one, if both are ints."""
+    is_whole = isinstance(low, int) and isinstance(high, int)
+    kind, name = (int, "a whole number") if is_whole else (float, "a number")
 
     def check(text):
         try:
@@ -51,35 +73,11 @@ def number(kind, low, high, name):
     return check
 
 
-# A generator of PyTorch on the CPU has seeds of 32 bits, and sample.py gives each of up to a
-# thousand images a seed of its own.
-SEED = whole(0, 4_000_000)
-
-
 def path(text: str) -> Path:
     """The type of a flag that is a path. An unset variable of a shell would make it empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a path")
     return Path(text)
-
-
-def add_device(parser):
-    """Add --device; its default is the best one on this machine."""
-    found = ["cpu"]
-    if torch.backends.mps.is_available():
-        found.insert(0, "mps")
-    if torch.cuda.is_available():
-        found.insert(0, "cuda")
-    parser.add_argument("--device", choices=found, default=found[0], help="where to compute")
-
-
-def add_run_flags(parser):
-    """Add the flags that runs of training share, whatever they train."""
-    parser.add_argument("--seed", type=SEED, default=0, help="of everything random")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    compile_help = "torch.compile: shorter steps after a minute or two of compiling"
-    parser.add_argument("--compile", action="store_true", help=compile_help)
-    add_device(parser)
 
 
 def guard(main):

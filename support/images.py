@@ -1,4 +1,4 @@
-"""Other people's PNG and JPEG files, as photos and drawings come: for folders of a subject."""
+"""For data/toy.py and the examples: reads PNG and JPEG files as people have them."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that train like one with a larger batch.
+"""For runs.py: several processes, started by torchrun, train like one with a larger batch.
 
 Each draws the same random numbers, takes its share of the batch, and averages its gradients with
 the others'. The first one, of rank 0, saves and reports.
@@ -13,13 +13,8 @@ RANK = int(os.environ.get("RANK", 0))  # this process's number, set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
 
 
-def use_device(device: str):
-    """Use the GPU that belongs to this process, if the device is cuda.
-
-    Raises ValueError if there are fewer GPUs than processes.
-    """
-    if device != "cuda":
-        return
+def use_gpu_of_process():
+    """Use the GPU that belongs to this process. Raises ValueError if there is none."""
     gpu = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
     if gpu >= gpus:
@@ -30,22 +25,16 @@ def use_device(device: str):
     torch.cuda.set_device(gpu)
 
 
-def say(text: str):
-    """Print a line, once for all processes."""
-    if RANK == 0:
-        print(text, flush=True)
-
-
-def parallel(model, args):
-    """The module to call in a training step: model, compiled and distributed if asked to."""
-    net = torch.compile(model) if args.compile else model
+def parallel(model, device):
+    """The module to call in a training step: model, distributed over the processes."""
     if WORLD_SIZE == 1:
-        return net
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{WORLD_SIZE} processes average {4 * trained:,} bytes a step")
-    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        return model
+    if RANK == 0:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{WORLD_SIZE} processes average {4 * trained:,} bytes a step", flush=True)
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     # find_unused_parameters: the deltas of a bucket that no process drew have no gradient
-    return DistributedDataParallel(net, forward_sync_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=True)
 
 
 def share_of_process(tensors, device, parts=1):

@@ -1,4 +1,4 @@
-"""A training run in a folder: progress, saving a state, stopping, resuming."""
+"""For train.py and pretrain.py: progress, saving a state, stopping and resuming, in one folder."""
 
 import signal
 import sys
@@ -7,8 +7,8 @@ import textwrap
 import torch
 from tqdm import tqdm
 
-from support.files import load, save
-from support.processes import RANK, WORLD_SIZE
+from support.files import hash_of, load, save
+from support.processes import RANK, WORLD_SIZE, parallel, share_of_process
 
 try:
     import fcntl  # file locks
@@ -45,8 +45,9 @@ class Run:
     """What surrounds the steps of a training run that writes to args.out.
 
         run = Run(args, "fine-tuning")
+        net = run.prepare(model)
         for step in run.steps(optimizer, generator, trained):
-            ...
+            ...                                   # batch, x0, t = run.share((x0, t)), net(...)
             run.watch(error, t, T)
 
     It shows a progress bar, and saves state.pt every SAVE_EVERY steps and after the last one. On
@@ -57,16 +58,20 @@ class Run:
     Run, before anything is computed, a state of other flags or inputs; and steps one that is
     damaged, and numbers that are no longer finite.
 
-    inputs: {flag: hash of what the flag names}; a resumed run must read the same contents. free:
-    other flags that may change.
+    inputs: {flag: what was read there}, tensors in nested dicts and lists; a resumed run must read
+    the same. free: other flags that may change.
     """
+
+    processes = WORLD_SIZE
+    is_first = RANK == 0  # of several processes: this one saves and reports
 
     def __init__(self, args, kind, inputs=None, free=()):
         self.args = args
         self.kind = kind
-        self.inputs = inputs or {}
+        self.inputs = {flag: hash_of(contents) for flag, contents in (inputs or {}).items()}
         self.path = args.out / "state.pt"
-        free = (*free, *self.inputs, "resume", "out", "device", "compile")
+        named = [flag.replace("-", "_") for flag in self.inputs]
+        free = (*free, *named, "resume", "out", "device", "compile")
         self.flags = {key: str(value) for key, value in vars(args).items() if key not in free}
         self.flags["nproc_per_node"] = str(WORLD_SIZE)
         self.lock = lock_folder(args.out)
@@ -118,6 +123,15 @@ class Run:
 
     # ---- the steps
 
+    def prepare(self, model):
+        """The module to call in a step: model, compiled and distributed if asked to."""
+        net = torch.compile(model) if self.args.compile else model
+        return parallel(net, self.args.device)
+
+    def share(self, tensors, parts=1):
+        """This process's share of a batch, on its device: see share_of_process."""
+        return share_of_process(tensors, self.args.device, parts)
+
     def steps(self, optimizer, generator, tensors):
         """Yield the number of each step that is left to do.
 
@@ -131,11 +145,11 @@ class Run:
             first = self.last_saved = self.restore(optimizer, generator, tensors)
         steps = range(first, self.args.steps)
         self.bar = steps
-        if RANK == 0:
+        if self.is_first:
             self.bar = tqdm(steps, self.kind, initial=first, total=self.args.steps)
 
         # with several processes, the first one decides when to stop
-        handler = self.stop_soon if RANK == 0 else signal.SIG_IGN
+        handler = self.stop_soon if self.is_first else signal.SIG_IGN
         before = {}
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants that
@@ -143,7 +157,7 @@ class Run:
         try:
             for step in self.bar:
                 yield step
-                if RANK == 0:
+                if self.is_first:
                     self.after_step(step + 1)
         finally:
             for number, old_handler in before.items():
@@ -208,7 +222,7 @@ class Run:
             old = self.means.get(i, mean)
             self.means[i] = 0.98 * old + 0.02 * mean
         shown = " ".join(f"{self.means[i]:.4f}" for i in sorted(self.means))
-        if RANK == 0:
+        if self.is_first:
             self.bar.set_postfix_str(f"loss by quarter of t {shown}", refresh=False)
 
     def check_finite(self, done):

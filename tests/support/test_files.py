@@ -16,7 +16,7 @@ import sample
 import train
 from quant import adapter, quantize
 from sample import BASE, load_model
-from support.files import file_size, hash_of, load, save, write_png
+from support.files import file_size, hash_of, load, save
 
 HELD = {  # tensors and plain values, as checkpoints hold them
     "kind": "model",
@@ -96,7 +96,7 @@ def test_a_path_that_cannot_be_written_is_one_sentence(path):
 
 
 def test_an_image_is_saved_in_folders_that_are_made(tmp_path):
-    save(Image.new("RGB", (8, 8)), tmp_path / "deep" / "a.picture", write_png)
+    save(Image.new("RGB", (8, 8)), tmp_path / "deep" / "a.picture")
     assert Image.open(tmp_path / "deep" / "a.picture").size == (8, 8)
 
 
