@@ -724,8 +724,8 @@ def adapter(model: nn.Module) -> dict:
     others = {name: tensor.detach().cpu().clone() for name, tensor in others.items()}
     checks.check_trained(model, {"a delta": values, **others})
     return {
-        "quant_config": model.quant_config,
-        "fingerprint": hash_of(base),
+        "quant_config": dict(model.quant_config),
+        "fingerprint": hash_of(sorted(base.items())),
         "deltas": values,
         "others": others,
     }

@@ -275,7 +275,7 @@ def check_adapter(saved, config: dict, count: int, tensors: dict):
         raise ValueError(f"{OTHER}, or is damaged: it has no parameters that fit; {GIVE}")
 
     base = {name: tensor for name, tensor in tensors.items() if name not in others}
-    same_base = saved.get("fingerprint") == hash_of(base)
+    same_base = saved.get("fingerprint") == hash_of(sorted(base.items()))
     for key, value in config.items():
         if same_base and key in ("calibration", "keep8", "keep_float"):
             continue  # other ways to the same integers and scales, such as a saved base
