@@ -27,8 +27,6 @@ def check_buckets(num_buckets, T):
         raise ValueError(f"T must be a positive number, not {T}")
     if num_buckets < 1:
         raise ValueError(f"num_buckets must be at least 1, not {num_buckets}")
-    if isinstance(T, int) and num_buckets > T:
-        raise ValueError(f"num_buckets must be at most {T}, the timesteps, not {num_buckets}")
 
 
 def check_arguments(model, n_bits, edges, scales, calibration, timestep):

@@ -1,8 +1,8 @@
-"""What a quantized layer does besides its matmul, on a GPU: three Triton kernels.
+"""For quant.py: what a layer does besides its matmul, on a GPU, as three Triton kernels.
 
 quant.py is the reference. Its plain code says what is computed, and hands over to this file if
 `usable` says so; without this file, or without Triton, it does everything itself.
-tests/test_kernels.py compares the two.
+tests/support/test_gpu_kernels.py compares the two.
 
 The plain code launches about ten small kernels to build W, and reads and writes memory in each.
 Here each job is one launch, or two for long sums, and intermediate values stay in registers as
@@ -15,8 +15,8 @@ float32:
 A kernel is one small program that runs many times, side by side, on blocks of the data. If a block
 reaches beyond the edge, a mask skips the places outside. Activations are seen as (N, P, C):
 samples, positions (pixels or tokens), channels. Terms are added in the same order each time, so
-that the same seed gives the same bytes. The B buckets in a batch have the slots 0 to B - 1, and the
-kernels know only these.
+that the same seed gives the same bytes. The B buckets in a batch are numbered 0 to B - 1, and index
+(N,) has the number of each sample's.
 """
 
 import warnings
@@ -164,13 +164,13 @@ def gradient_of(
     b: Tensor,
     channel_dim: int,
     bias: Tensor | None = None,
-    slot: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """QuantLayer.gradient_of: a * (b - bias), summed over the samples and positions of a bucket.
 
     a, b: g and y for d_out, gx and x for d_in. Of d only the shape matters. Returns float32.
     """
-    num_slots = 1 if slot is None else len(d)
+    num_buckets = 1 if index is None else len(d)
     a = samples_positions_channels(a, channel_dim)
     b = samples_positions_channels(b, channel_dim)
     N, P, C = a.shape
@@ -180,16 +180,16 @@ def gradient_of(
     block = POSITIONS if N * P > 16 else 16
     blocks = triton.cdiv(N * P, block)
     channel_blocks = triton.cdiv(C, CHANNELS)
-    parts = min(blocks, max(1, PROGRAMS // (channel_blocks * num_slots)))
+    parts = min(blocks, max(1, PROGRAMS // (channel_blocks * num_buckets)))
     rows_per_part = triton.cdiv(blocks, parts) * block
     parts = triton.cdiv(N * P, rows_per_part)  # without those that would be empty
 
-    sums = torch.empty(parts, num_slots, C, dtype=torch.float32, device=a.device)
-    gradient_kernel[channel_blocks, num_slots, parts](
+    sums = torch.empty(parts, num_buckets, C, dtype=torch.float32, device=a.device)
+    gradient_kernel[channel_blocks, num_buckets, parts](
         a,
         b,
         bias,
-        slot,
+        index,
         sums,
         N * P,
         P,
@@ -209,8 +209,8 @@ def gradient_kernel(
     a,  # (N, P, C)
     b,  # (N, P, C)
     bias,  # (C,), or None
-    slot,  # (N,), or None if all samples share a bucket
-    sums,  # (parts, slots, C), to be written
+    index,  # (N,), or None if all samples share a bucket
+    sums,  # (parts, buckets, C), to be written
     rows,  # N * P
     P,
     C,
@@ -224,9 +224,9 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """a * (b - bias) for CHANNELS channels of one slot, summed over one part of the rows."""
+    """a * (b - bias) for CHANNELS channels of one bucket, summed over one part of the rows."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    slot_here = tl.program_id(1)
+    bucket_here = tl.program_id(1)
     part = tl.program_id(2)
     start = part * rows_per_part
     end = min(start + rows_per_part, rows)
@@ -239,8 +239,8 @@ def gradient_kernel(
         n = row // P
         p = row % P
         mine = row < rows  # a part ends with a block, or with the rows
-        if slot is not None:
-            mine &= tl.load(slot + n, mask=mine, other=-1) == slot_here
+        if index is not None:
+            mine &= tl.load(index + n, mask=mine, other=-1) == bucket_here
         mask = mine[:, None] & (c < C)[None, :]
         a_places = (n * a_n + p * a_p)[:, None] + (c * a_c)[None, :]
         b_places = (n * b_n + p * b_p)[:, None] + (c * b_c)[None, :]
@@ -250,7 +250,7 @@ def gradient_kernel(
             y -= shift[None, :]
         total += x * y
 
-    place = (part * tl.num_programs(1) + slot_here) * C + c
+    place = (part * tl.num_programs(1) + bucket_here) * C + c
     tl.store(sums + place, tl.sum(total, 0), mask=c < C)
 
 
@@ -269,7 +269,7 @@ def samples_positions_channels(x: Tensor, channel_dim: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tensor:
+def scale_samples(x: Tensor, d: Tensor, index: Tensor, channel_dim: int) -> Tensor:
     """QuantLayer.scale_samples: x times exp(d) of each sample's bucket."""
     shape = x.movedim(channel_dim, -1).shape  # (N, ..., C)
     x = samples_positions_channels(x, channel_dim)
@@ -280,7 +280,7 @@ def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tenso
     scale_samples_kernel[N * blocks, triton.cdiv(C, CHANNELS)](
         x,
         d,
-        slot,
+        index,
         y,
         blocks,
         P,
@@ -296,8 +296,8 @@ def scale_samples(x: Tensor, d: Tensor, slot: Tensor, channel_dim: int) -> Tenso
 @triton.jit
 def scale_samples_kernel(
     x,  # (N, P, C)
-    d,  # (slots, C)
-    slot,  # (N,)
+    d,  # (buckets, C)
+    index,  # (N,)
     y,  # (N, P, C), to be written
     blocks,  # of a sample: CUDA allows many programs in the first dimension only
     P,
@@ -317,7 +317,7 @@ def scale_samples_kernel(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = (p < P)[:, None] & (c < C)[None, :]
 
-    factor = tl.exp(tl.load(d + tl.load(slot + n) * C + c, mask=c < C, other=0).to(tl.float32))
+    factor = tl.exp(tl.load(d + tl.load(index + n) * C + c, mask=c < C, other=0).to(tl.float32))
     x_places = n * x_n + (p * x_p)[:, None] + (c * x_c)[None, :]
     value = tl.load(x + x_places, mask=mask).to(tl.float32) * factor[None, :]
     y_places = n * y_n + (p * y_p)[:, None] + (c * y_c)[None, :]
