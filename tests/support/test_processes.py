@@ -1,4 +1,4 @@
-"""Several processes train as one, and compiled models as others do."""
+"""Several processes train as one; --compile."""
 
 import os
 import signal
@@ -272,7 +272,10 @@ def test_ctrl_c_lets_the_first_process_save_and_both_resume(tmp_path):
 
 @pytest.mark.slow
 def test_without_a_compiler_compile_is_refused_in_one_sentence(tmp_path):
-    flags = ("--compile", "--steps", 1, *QUICK, "--out", tmp_path)
+    model = UNet(channels=(16,), attention=(), c_emb=32)  # is traced in seconds
+    base = tmp_path / "base.pt"
+    save({"kind": "model", "config": model.config, "model": model.state_dict()}, base)
+    flags = ("--compile", "--steps", 1, *QUICK, "--base", base, "--out", tmp_path / "out")
     process = start(ROOT / "train.py", *flags, PATH="", CXX="", TQDM_DISABLE="1")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
@@ -280,19 +283,4 @@ def test_without_a_compiler_compile_is_refused_in_one_sentence(tmp_path):
     assert last.startswith("train.py: --compile failed (")
     assert last.endswith("install a C++ compiler such as g++, or leave it out")
     assert "Traceback" not in err
-    assert os.listdir(tmp_path) == ["lock"]
-
-
-@pytest.mark.slow
-def test_a_compiled_run_ends_near_one_that_is_not(tmp_path):
-    model = UNet(channels=(16,), attention=(), c_emb=32)  # compiles in seconds, not in minutes
-    torch.nn.init.normal_(model.out.weight, std=0.1)
-    base = tmp_path / "base.pt"
-    save({"kind": "model", "config": model.config, "model": model.state_dict()}, base)
-    flags = ("--steps", 2, *QUICK, "--buckets", 2, "--base", base, "--device", "cpu")
-    assert run(train, *flags, "--out", tmp_path / "plain") == 0
-    assert run(train, *flags, "--compile", "--out", tmp_path / "compiled") == 0
-    plain = load(tmp_path / "plain" / "state.pt", "fine-tuning")["tensors"]
-    compiled = load(tmp_path / "compiled" / "state.pt", "fine-tuning")["tensors"]
-    for name, delta in plain.items():
-        torch.testing.assert_close(compiled[name], delta, rtol=0.02, atol=1e-4)
+    assert os.listdir(tmp_path / "out") == ["lock"]
