@@ -1,5 +1,6 @@
 """A run is done once, a table says what the log says, and the documents say what the tables say."""
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -228,3 +229,12 @@ def test_each_document_marks_its_tables(document, titles):
     text = (ROOT / document).read_text(encoding="utf-8")
     for title in titles:
         assert text.count(f"<!-- {title} -->\n| ") == 1
+
+
+@pytest.mark.parametrize("document", ["README.md", "experiments/RESULTS.md"])
+def test_the_code_that_a_document_names_is_there(document):
+    named = set(re.findall(r"[\w/]+\.py\b", (ROOT / document).read_text(encoding="utf-8")))
+    assert named
+    folders = [ROOT, *(ROOT / name for name in ("data", "examples", "experiments", "tests"))]
+    for name in named:
+        assert any((folder / name).is_file() for folder in folders), name
