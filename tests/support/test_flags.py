@@ -17,7 +17,7 @@ TRAINING = {  # of train.py and pretrain.py: values that are refused
     "--steps": [-1, 10**8, "1e3", "inf", ""],
     "--lr": [-0.1, 11, "nan", "inf", "fast"],
     "--batch": [0, -8, 5000, "nan"],
-    "--seed": [-1, 0.5, 2**32],  # a generator would take 2**32 for 0
+    "--seed": [-1, 0.5, 4_000_001],  # images have seeds of 32 bits, a thousand times as large
     "--device": ["tpu"],
     "--out": [""],
 }
@@ -38,7 +38,7 @@ WRONG = {
         "--steps": [0, 1001, 2.5],
         "--sampler": ["euler"],
         "--cfg-scale": [-1, "nan", "inf"],
-        "--seed": [-1, "nan", 2**32],
+        "--seed": [-1, "nan", 4_000_001],
         "--device": ["tpu"],
         "--ckpt": [""],
         "--adapter": [""],

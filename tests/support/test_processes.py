@@ -63,12 +63,13 @@ def test_more_processes_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
 
 def test_each_process_has_the_gpu_of_its_local_rank(monkeypatch):
     taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    processes.use_device("cpu")
+    train.arguments(["--device", "cpu"])
     assert taken == []
-    processes.use_device("cuda")
+    train.arguments(["--device", "cuda"])
     assert taken == [1]
 
 
