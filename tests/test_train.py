@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import io
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, contents_of, run, spread
+from conftest import ROOT, contents_of, error_of, run, spread
 from PIL import Image
 
 import pretrain
@@ -16,7 +17,7 @@ import sample
 import train
 from data import toy
 from model import Diffusion, UNet
-from quant import QuantLayer, adapter, deltas, merge, quantize
+from quant import QuantLayer, adapter, deltas, load_adapter, merge, quantize
 from sample import BASE, load_model
 from support.files import load, save
 from support.runs import Run
@@ -97,6 +98,10 @@ def test_an_adapter_on_its_base_draws_what_tuned_pt_draws(tuned, tmp_path):
     assert on_base == on_tuned == tuned_image
     assert base_image != tuned_image
 
+    load_adapter(base, load(folder / "adapter.pt", "adapter"))
+    for name, value in load_model(folder / "tuned.pt").state_dict().items():
+        assert torch.equal(base.state_dict()[name], value), name  # deltas are rounded alike
+
 
 def test_merged_and_packed_sampling_draw_the_same(tuned):
     model = spread(load_model(tuned[0] / "tuned.pt"))  # the buckets differ
@@ -175,12 +180,18 @@ def test_a_folder_of_your_own_images_is_a_subject_without_scores(tmp_path, capsy
     assert "->" not in out
 
 
-def test_a_run_does_not_write_into_its_subject_or_over_its_base(tmp_path, capsys):
-    before = MO.stat().st_mtime_ns
-    for out in (MO, MO / ".." / "mo", BASE.parent):
-        assert run(train, *QUICK, "--subject", "mo", "--out", out) == 2
-        assert "is where --subject or --base is" in capsys.readouterr().err
-    assert MO.stat().st_mtime_ns == before
+def test_a_run_does_not_write_into_its_subject_or_over_its_base(tmp_path, capsys, no_images):
+    subject = shutil.copytree(MO, tmp_path / "mo")
+    (tmp_path / "link").symlink_to(subject)
+    (tmp_path / "full").mkdir()
+    base = shutil.copy(BASE, tmp_path / "full" / "tuned.pt")  # as 32 bits leave it
+    before = sorted(tmp_path.rglob("*"))
+    flags = (*QUICK, "--steps", 0, "--subject", subject, "--base", base)
+    for name in ("mo", "link", "full"):
+        error = error_of(train, *flags, "--out", tmp_path / name, capsys=capsys)
+        assert "is where --subject or --base is; choose another" in error
+    assert sorted(tmp_path.rglob("*")) == before
+    assert base.read_bytes() == BASE.read_bytes()
 
 
 def test_the_scores_before_come_first(tmp_path, monkeypatch, capsys):
@@ -229,9 +240,11 @@ def test_a_batch_is_the_subject_and_scenes_of_the_class():
     generator = torch.Generator().manual_seed(0)
     x0, words, t = train.draw_batch(200, instance, captions, Diffusion(), generator)
     assert x0.shape == (400, 3, 16, 16)
-    of_subject = (x0[:, None] == instance).flatten(2).all(2).any(1)
-    assert of_subject[:200].all()
-    assert not of_subject[200:].any()
+    is_image = (x0[:, None] == instance).flatten(2).all(2)  # (400, M)
+    assert is_image[:200].any(1).all()
+    assert not is_image[200:].any()
+    own = captions[is_image[:200].int().argmax(1)]
+    assert ((words[:200] == own) | (words[:200] == 0)).all()
     assert (words[:200, :2] == torch.tensor(toy.caption("sks creature")[:2])).all()
     for slot in range(4, 7):  # place and background, dropped for some
         assert set((words[:200, slot] == 0).tolist()) == {False, True}

@@ -110,6 +110,7 @@ def test_file_size_is_that_of_the_file(path):
 
 CHANGES = [
     {"a": HELD["a"].double()},
+    {"a": HELD["a"].view(torch.int32)},  # the same bytes
     {"a": HELD["a"].view(2, 15)},
     {"a": HELD["a"].nextafter(torch.tensor(9.0))},
     {"a": HELD["a"].tolist()},

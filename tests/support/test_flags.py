@@ -160,8 +160,10 @@ def test_a_script_whose_reader_has_gone_ends_without_a_word(tmp_path):
     read, write = os.pipe()
     os.close(read)
     code = "from support.flags import guard; guard(lambda: print('a row'))"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with os.fdopen(write, "w") as stdout:
         command = [sys.executable, "-c", code]
-        ended = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
+        ended = subprocess.run(command, cwd=ROOT, env=buffered, **pipes)
     assert ended.returncode == 130
-    assert ended.stderr == ""
+    assert ended.stderr == b""
