@@ -26,13 +26,13 @@ def scenes(n, generator, monkeypatch):
 
 
 def test_rendered_images_score_one(generator, monkeypatch):
-    images, words = scenes(300, generator, monkeypatch)
+    images, words = scenes(200, generator, monkeypatch)
     assert (words[:, 3] > 0).any()  # some scenes have two objects
     assert (score(images, words)["prompt"] == 1).all()
 
 
 def test_read_object_finds_what_drawing_every_sprite_at_every_spot_finds(generator):
-    n = 8
+    n = 4
     noise = torch.randn((n, 3, 16, 16), generator=generator)
     images = toy.render(GREEN_STRIPES, []) + 0.5 * noise
     assert (read_background(images) == GREEN_STRIPES).all()
