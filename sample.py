@@ -30,7 +30,7 @@ def load_model(path, device="cpu", kinds=("model", "quantized")):
         if saved["kind"] == "quantized":
             # minmax is the quickest way to layers of the right shapes
             quantize(model, **{**saved["quant_config"], "calibration": "minmax"})
-            model.quant_config = saved["quant_config"]
+            model.quant_config["calibration"] = saved["quant_config"]["calibration"]
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(

@@ -84,8 +84,7 @@ def guard(main):
     """Run a script's main function. Bad input ends with one sentence and exit code 2."""
     try:
         main()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head`
+    except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         print(f"{Path(sys.argv[0]).name}: {sentence_for(error)}", file=sys.stderr)

@@ -153,17 +153,3 @@ def test_a_fault_of_the_code_is_not_made_a_sentence(error):
 def test_ctrl_c_and_a_closed_pipe_end_a_script_without_a_word(error, capsys):
     assert run(script_that_raises(error)) == 130
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_script_whose_reader_has_gone_ends_without_a_word(tmp_path):
-    """As before `| head`: what is printed reaches the pipe when main is over."""
-    read, write = os.pipe()
-    os.close(read)
-    code = "from support.flags import guard; guard(lambda: print('a row'))"
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with os.fdopen(write, "w") as stdout:
-        command = [sys.executable, "-c", code]
-        pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
-        ended = subprocess.run(command, cwd=ROOT, env=buffered, **pipes)
-    assert ended.returncode == 130
-    assert ended.stderr == b""
