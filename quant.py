@@ -166,6 +166,7 @@ class Batch(NamedTuple):
 
     present: list[int]  # the B buckets in the batch, in increasing order
     index: Tensor  # each sample's place in present: (N,), or (1,) if one timestep is for all
+    counts: list[int] = ()  # how many samples each of them has
     model: nn.Module | None = None  # whose call it is
     outer: "Batch | None" = None  # what was current before: one quantized model may call another
 
@@ -185,9 +186,10 @@ current = Current()
 
 def batch_of(t: Tensor, edges: list[float], model: nn.Module | None = None) -> Batch:
     """The Batch of timesteps t, (N,) or one for all."""
-    present, index = bucket(t, edges).flatten().unique(return_inverse=True)
+    b = bucket(t, edges).flatten()
+    present, index, counts = b.unique(return_inverse=True, return_counts=True)
     present = present.tolist() or [0]  # t may be empty
-    return Batch(present, index, model, current.batch)
+    return Batch(present, index, counts.tolist(), model, current.batch)
 
 
 def enter_call(model, args, kwargs):
@@ -305,7 +307,56 @@ class QuantMatmul(torch.autograd.Function):
         if train_bias:
             grad_bias = sum_over(g, layer.batch_dims(g), bias.dtype)  # (O,)
         return gx, grad_out, grad_in, grad_bias, None, None
+
+
+class PositionMatmul(torch.autograd.Function):
+    """y = W x + bias for a convolution whose columns have a scale for each position of the kernel.
+
+    d_out (B, O), d_in (B, K * I): the deltas of the B buckets in the batch. samples: for each bucket
+    the numbers of its samples (N_b,). Each bucket has a convolution of its own.
+
+    W is multiplied by exp(d_out) and exp(d_in), so with M = W * dL/dW the gradients are M's sums
+    over columns and over rows. dL/dW is made for that, and gone afterwards; y isn't needed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, d_out, d_in, bias, layer, samples):         # (N, I, H, W)
+        parts = []
+        for b, n in enumerate(samples):
+            w = layer.dequantize(d_out[b], d_in[b], x.dtype)        # (O, I, *kernel)
+            parts.append(layer.matmul(x[n], w, bias))               # (N_b, O, H', W')
+        ctx.layer = layer
+        ctx.samples = samples
+        ctx.save_for_backward(x, d_out, d_in)
+        return in_order(parts, samples)                             # (N, O, H', W')
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):                                           # (N, O, H', W')
+        x, d_out, d_in = ctx.saved_tensors
+        layer = ctx.layer
+        train_x, _, _, train_bias, _, _ = ctx.needs_input_grad
+        gx = []
+        grad_out = []
+        grad_in = []
+        for b, n in enumerate(ctx.samples):
+            w = layer.dequantize(d_out[b], d_in[b], g.dtype)        # (O, I, *kernel), built again
+            gx_b, gw = layer.grads(g[n], x[n], w, train_x)
+            m = layer.as_matrix(w.to(d_out.dtype) * gw)             # (G, O, K, I)
+            gx.append(gx_b)                                         # (N_b, I, H, W)
+            grad_out.append(m.sum((2, 3)).flatten())                # (G * O,)
+            grad_in.append(m.sum(1).flatten())                      # (G * K * I,)
+        gx = in_order(gx, ctx.samples) if train_x else None
+        grad_bias = sum_over(g, layer.batch_dims(g), g.dtype) if train_bias else None
+        return gx, torch.stack(grad_out), torch.stack(grad_in), grad_bias, None, None
 # fmt: on
+
+
+def in_order(parts: list[Tensor], samples: list[Tensor]) -> Tensor:
+    """The samples of all parts, in the order of their numbers."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat(samples).argsort()]
 
 
 class QuantLayer(nn.Module):
@@ -322,7 +373,7 @@ class QuantLayer(nn.Module):
     float_type and its settings, groups, channel_dim, matmul, input_grad.
     """
 
-    def __init__(self, layer, n_bits, num_buckets, scales, calibrate):
+    def __init__(self, layer, n_bits, num_buckets, scales, columns, calibrate):
         super().__init__()
         for name in self.settings:
             setattr(self, name, getattr(layer, name))
@@ -340,18 +391,23 @@ class QuantLayer(nn.Module):
         grouped = weight.reshape(self.groups, -1, self.shape[1], weight[0, 0].numel())
         if grouped.dtype.itemsize < 4:
             grouped = grouped.float()
-        grid = calibrate(grouped, n_bits)  # of (G, O, I, K)
-        codes = grid.codes.mT.to(torch.uint8)  # (G, O, K, I)
+        g, o, i, k = grouped.shape
+        # a calibration gives each column a scale; by position, I * K columns have one position each
+        unfolded = grouped.reshape(g, o, i * k, 1) if columns == "position" else grouped
+        grid = calibrate(unfolded, n_bits)
+        codes = grid.codes.view(g, o, i, k).mT.to(torch.uint8)  # (G, O, K, I)
+        s_in = grid.s_in.view(g, i, -1).mT  # (G, K, I), or (G, 1, I)
         self.register_buffer("codes", pack(codes, n_bits))
         self.register_buffer("zero_point", grid.zero_point.flatten().to(torch.uint8))
         self.register_buffer("s_out", grid.s_out.flatten())
-        self.register_buffer("s_in", grid.s_in.flatten())
+        self.register_buffer("s_in", s_in.flatten())
 
         self.trained = ("d_out", "d_in") if scales == "out+in" else ("d_out",)
         for kind in self.trained:
             scale = self.s_out if kind == "d_out" else self.s_in
             for b in range(num_buckets):
                 self.register_parameter(f"{kind}_{b}", nn.Parameter(torch.zeros_like(scale)))
+        self.trains_positions = "d_in" in self.trained and s_in.shape[1] > 1
 
     def delta(self, kind: str, b: int) -> nn.Parameter | None:
         """d_out (G * O,) or d_in (G * I,) of bucket b; None if such deltas aren't trained."""
@@ -378,7 +434,7 @@ class QuantLayer(nn.Module):
         w = codes.to(s_out.dtype)                                   # (G, O, K, I)
         w.sub_(self.zero_point.view(g, o, 1, 1))                    # in place: no second copy
         w.mul_(s_out.view(g, o, 1, 1))
-        w.mul_(s_in.view(g, 1, 1, i))
+        w.mul_(s_in.view(g, 1, -1, i))                              # a scale for each k, or one for all
         w = w.view(g * o, *kernel, i)                               # (G * O, *kernel, I)
         return w.movedim(-1, 1).to(dtype)                           # (G * O, I, *kernel)
     # fmt: on
@@ -402,15 +458,23 @@ class QuantLayer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
 
-        present, index = self.buckets_of(x)
-        d_out = [self.delta("d_out", b) for b in present]
-        d_in = [self.delta("d_in", b) for b in present]
+        batch = self.batch_of_samples(x)
+        d_out = [self.delta("d_out", b) for b in batch.present]
+        d_in = [self.delta("d_in", b) for b in batch.present]
+        if self.trains_positions:
+            samples = [slice(None)]
+            if batch.index is not None:
+                samples = batch.index.argsort(stable=True).split(batch.counts)
+            d_out = torch.stack(d_out)  # (B, O)
+            d_in = torch.stack(d_in)  # (B, K * I)
+            return PositionMatmul.apply(x, d_out, d_in, bias, self, samples)
+
+        index = batch.index
         if index is None:
             d_out, d_in = d_out[0], d_in[0]
         else:
             d_out = torch.stack(d_out)  # (B, O)
             d_in = torch.stack(d_in) if "d_in" in self.trained else None  # (B, I)
-
         if x.dtype.itemsize >= 4:
             return QuantMatmul.apply(x, d_out, d_in, bias, self, index)
         # In float16 and bfloat16, y - bias would have few digits of W x if the bias is large. So
@@ -418,10 +482,10 @@ class QuantLayer(nn.Module):
         y = QuantMatmul.apply(x, d_out, d_in, None, self, index)
         return self.add_bias(y, bias)
 
-    def buckets_of(self, x: Tensor) -> tuple[list[int], Tensor | None]:
-        """present and index (see Batch) of the samples x; index is None if they share a bucket."""
+    def batch_of_samples(self, x: Tensor) -> Batch:
+        """The Batch of the samples x; its index is None if they share a bucket."""
         if self.num_buckets == 1:
-            return [0], None
+            return Batch([0], None)
         batch = current.batch
         if batch is None:
             raise RuntimeError(
@@ -429,13 +493,13 @@ class QuantLayer(nn.Module):
                 "or see checkpoint_contexts if it runs in a checkpoint"
             )
         if len(batch.present) == 1:
-            return batch.present, None
+            return Batch(batch.present, None)
         if len(x) != len(batch.index):
             raise ValueError(
                 f"a quantized layer got {len(x)} samples for {len(batch.index)} timesteps; "
                 "dimension 0 must be the batch"
             )
-        return batch.present, batch.index.to(x.device)
+        return batch._replace(index=batch.index.to(x.device))
 
     def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """y (N, O, H', W') + bias (O,)."""
@@ -475,6 +539,11 @@ class QuantLayer(nn.Module):
         with torch.autocast(total.device.type, enabled=False):      # it would round to bfloat16
             return is_in @ total                                    # (B, C)
     # fmt: on
+
+    def as_matrix(self, w: Tensor) -> Tensor:
+        """w (G * O, I, *kernel) as (G, O, K, I)."""
+        g = self.groups
+        return w.movedim(1, -1).reshape(g, len(w) // g, -1, w.shape[1])
 
     def batch_dims(self, x: Tensor) -> tuple[int, ...]:
         """The dimensions of samples and positions: all but the channels."""
@@ -557,6 +626,26 @@ class QuantConv2d(QuantLayer):
         shape = (len(g), *x_shape[-3:])
         return torch.nn.grad.conv2d_input(shape, w, g, *self.args).view(x_shape)
 
+    def grads(self, g, x, w, train_x):
+        """dL/dx, or None if it isn't needed, and dL/dw."""
+        stride, padding, dilation, groups = self.args
+        images = x.view(-1, *x.shape[-3:])
+        g = g.view(-1, *g.shape[-3:])
+        no_transpose = (False, (0, 0))
+        gx, gw, _ = torch.ops.aten.convolution_backward(
+            g,
+            images,
+            w,
+            None,
+            stride,
+            padding,
+            dilation,
+            *no_transpose,
+            groups,
+            (train_x, True, False),
+        )
+        return (gx.view(x.shape) if train_x else None), gw
+
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """x summed over dims, in dtype."""
@@ -581,6 +670,7 @@ def quantize(
     num_buckets: int = 1,
     T: float = 1000,
     scales: str = "out+in",
+    columns: str = "channel",
     calibration: str | None = None,
     timestep: str = "t",
     keep8: Sequence[str] | None = None,
@@ -630,7 +720,7 @@ def quantize(
     def build(layer, calibrate):
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
         bits = 8 if any(checks.matches(name, keep8) for name in layers[layer]) else n_bits
-        return kind(layer, bits, num_buckets, scales, calibrate)
+        return kind(layer, bits, num_buckets, scales, columns, calibrate)
 
     # All layers are made before the first is replaced: an error leaves the model as it was.
     if calibration == "gptq":
@@ -655,6 +745,7 @@ def quantize(
         "n_bits": int(n_bits),
         "edges": edges,
         "scales": scales,
+        "columns": columns,
         "calibration": calibration,
         "timestep": timestep,
         "keep8": keep8,

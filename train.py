@@ -41,6 +41,7 @@ def arguments(argv=None):
     add("--bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 32), default=4, help=bits_help)
     scales_help = "train the scales of rows (PEQA), or of rows and columns"
     add("--scales", choices=("out", "out+in"), default="out+in", help=scales_help)
+    add("--columns", choices=("channel", "position"), default="channel", help="columns")
     buckets_help = "scale sets over the 1000 timesteps"
     add("--buckets", type=number(1, 1000), default=1, help=buckets_help)
     add(
@@ -213,7 +214,16 @@ def main():
     if args.bits < 32:
         data = calibration_data(args.device) if args.calibration == "gptq" else None
         T = Diffusion().T
-        quantize(model, args.bits, args.buckets, T, args.scales, args.calibration, data=data)
+        quantize(
+            model,
+            args.bits,
+            args.buckets,
+            T,
+            args.scales,
+            args.columns,
+            args.calibration,
+            data=data,
+        )
         tuned = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
     if run.is_first:
         images_before, scores_before = evaluate(model, parts, args)

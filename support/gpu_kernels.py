@@ -86,7 +86,7 @@ def dequantize(layer, d_out: Tensor | None, d_in: Tensor | None, dtype: torch.dt
         w,
         w.numel(),
         row_size,
-        columns,
+        len(layer.s_in) // layer.groups,
         rows // layer.groups,
         layer.n_bits,
         WEIGHTS,
@@ -99,13 +99,13 @@ def dequantize_kernel(
     codes,  # packed, in the order of w
     zero_point,  # (rows,)
     s_out,  # (rows,)
-    s_in,  # (groups * columns,)
+    s_in,  # (groups * column_scales,)
     d_out,  # (rows,), or None
-    d_in,  # (groups * columns,), or None
+    d_in,  # (groups * column_scales,), or None
     w,  # (rows, *kernel, columns), to be written
     count,  # of all weights
     row_size,  # weights of a row
-    columns,  # of a group
+    column_scales,  # of a group: one for each weight of a row, or one for each input channel
     group_rows,
     N_BITS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -115,7 +115,7 @@ def dequantize_kernel(
     place = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)  # in the row
     inside = place < row_size
     group = row // group_rows
-    column = group * columns + place % columns
+    column = group * column_scales + place % column_scales  # channels are neighbors in a row
 
     row_scale = tl.load(s_out + row).to(tl.float32)
     if d_out is not None:
