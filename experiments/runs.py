@@ -154,6 +154,20 @@ GPTQ_SETTINGS = by_name(  # tried on the subjects that no other table reports
     ]
 )
 
+POSITION_SETTINGS = by_name(  # for columns by position, on the same two subjects
+    [
+        Row("position", flags="--columns position"),
+        Row("position, 500 steps", flags="--columns position --steps 500"),
+        Row("position, gptq", flags="--columns position --calibration gptq"),
+        Row("position, gptq, 500 steps", flags="--columns position --calibration gptq --steps 500"),
+        Row("position, lr 0.02", flags="--columns position --lr 0.02"),
+        Row("position, 500 steps, lr 0.045", flags="--columns position --steps 500 --lr 0.045"),
+        Row("position, 500 steps, prior 1", flags="--columns position --steps 500 --prior 1"),
+        Row("position, 400 steps", flags="--columns position --steps 400"),
+        Row("channel, 500 steps", flags="--columns channel --steps 500"),
+    ]
+)
+
 # What a run is scored by: the keys of the log, and the columns that they become.
 SCORES = {
     "parts": "parts right",
@@ -211,6 +225,7 @@ def prepare(args, row: Row, subject: str, seed: int):
             run.buckets,
             DIFFUSION.T,
             run.scales,
+            run.columns,
             run.calibration,
             edges=edges,
             data=data,

@@ -44,6 +44,7 @@ from runs import (
     DIGITS,
     GPTQ_SETTINGS,
     ONE_SUBJECT,
+    POSITION_SETTINGS,
     SCORES,
     SEVERAL,
     SHOWN,
@@ -268,6 +269,12 @@ def show_activations(args, names):
     show(args, "activations", columns, rows)
 
 
+def columns(args):
+    """A table of settings for columns by position, on the tuning subjects."""
+    pairs = [(row, "position") for row in POSITION_SETTINGS if row != "position"]
+    fill(args, "columns", POSITION_SETTINGS, toy.TUNING, pairs)
+
+
 def tuning(args):
     """Choose the settings that go with gptq, on subjects that no other table reports."""
     pairs = [(row, "rowcol") for row in GPTQ_SETTINGS if row != "rowcol"]
@@ -398,6 +405,7 @@ TABLES = {
     "ablations": ablations,
     "activations": of_activations,
     "tuning": tuning,
+    "columns": columns,
 }
 
 
