@@ -4,10 +4,14 @@ Model", arXiv 2401.04339).
     quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")    # in place; then train model
 
 A weight is quantized once, to integer codes of n_bits bits that stay as they are. Each row (output
-channel) has a scale and a zero point, and each column (input channel) has a scale. All positions of
-a convolution's kernel share them:
+channel) has a scale and a zero point, and each column has a scale:
 
     W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]        codes in 0 .. 2^n_bits - 1
+
+A column is an input channel. In a convolution with a kernel of K positions it may also be an input
+channel at one position, so that there are K times as many (columns="position"). In the paper the
+positions share a scale (columns="channel"). Then a kernel keeps its shape whatever the scales do,
+and that is what limits fine-tuning most.
 
 Fine-tuning trains the scales and nothing else. Training s_out alone is PEQA (Kim et al. 2023);
 training both is the paper's multi-channel-wise scale update (MCSU). The timesteps are cut into
@@ -30,13 +34,22 @@ The last two are this simple because exp is its own derivative. y[o] - bias[o] i
 exp(d_out[o]), so it is its own derivative by d_out[o]. And y depends on d_in[i] only through
 u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u = gx[i] * x[i].
 
-So no gradient of a weight is ever computed. For backward a layer keeps its packed codes, x (if d_in
-trains) and y (if d_out trains). The float W lives for one matmul, and backward builds it again.
+So where columns are channels, no gradient of a weight is ever computed. For backward a layer keeps
+its packed codes, x (if d_in trains) and y (if d_out trains). The float W lives for one matmul, and
+backward builds it again.
+
+Where columns are positions, gx no longer tells through which of them it came. There the gradient of
+W is made, for one layer at a time. W itself is proportional to both exponentials, so
+
+    M[o, i] = W[o, i] * dL/dW[o, i],    dL/dd_out[o] = sum over i of M,    dL/dd_in[i] = sum over o
+
+That takes a third product, as full fine-tuning does, and keeps x alone.
 
 If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not, W is
 built without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its
-activations before and after the matmul. A bucket without a sample in the batch has no gradient
-(None, not zeros), so the optimizer skips it and leaves its momentum alone.
+activations before and after the matmul; by position, each bucket has a convolution of its own. A
+bucket without a sample in the batch has no gradient (None, not zeros), so the optimizer skips it
+and leaves its momentum alone.
 
 The chapters: buckets, bits, the batch, the layer, the swap, what you carry away. calibrate.py finds
 the codes and the scales to start from, gptq.py the same with data, and support/checks.py says what
@@ -243,8 +256,8 @@ def checkpoint_contexts():
 
 # The formatter would move the shape comments out of their column.
 # fmt: off
-class QuantMatmul(torch.autograd.Function):
-    """y = W x + bias, with W built for one matmul at a time.
+class ChannelMatmul(torch.autograd.Function):
+    """y = W x + bias for a layer whose columns are its input channels.
 
     index None: all samples share a bucket, d_out is (O,) and d_in (I,), and W has these deltas.
     index (N,): the row of d_out (B, O) and d_in (B, I) that belongs to each sample. W is without
@@ -310,13 +323,10 @@ class QuantMatmul(torch.autograd.Function):
 
 
 class PositionMatmul(torch.autograd.Function):
-    """y = W x + bias for a convolution whose columns have a scale for each position of the kernel.
+    """y = W x + bias for a convolution whose columns are input channels at positions.
 
-    d_out (B, O), d_in (B, K * I): the deltas of the B buckets in the batch. samples: for each bucket
-    the numbers of its samples (N_b,). Each bucket has a convolution of its own.
-
-    W is multiplied by exp(d_out) and exp(d_in), so with M = W * dL/dW the gradients are M's sums
-    over columns and over rows. dL/dW is made for that, and gone afterwards; y isn't needed.
+    samples: for each of the B buckets in the batch, the numbers of its samples (N_b,). d_out (B, O),
+    d_in (B, K * I): their deltas. x, bias, layer: as for ChannelMatmul.
     """
 
     @staticmethod
@@ -364,7 +374,7 @@ class QuantLayer(nn.Module):
 
     codes: packed, uint8, in the order (G, O, K, I): groups, rows of a group, positions of the
     kernel, columns. Unpacked, this is a weight in channels_last.
-    zero_point, s_out: (G * O,). s_in: (G * I,).
+    zero_point, s_out: (G * O,). s_in: (G * I,), or in the order (G, K, I) if columns are positions.
     d_out_0, d_in_0, d_out_1, ...: the deltas of each bucket, of the shape of s_out and of s_in;
     there are no d_in if columns aren't trained. Each bucket has parameters of its own, so that the
     gradient of a bucket that isn't in the batch is None.
@@ -392,9 +402,9 @@ class QuantLayer(nn.Module):
         if grouped.dtype.itemsize < 4:
             grouped = grouped.float()
         g, o, i, k = grouped.shape
-        # a calibration gives each column a scale; by position, I * K columns have one position each
-        unfolded = grouped.reshape(g, o, i * k, 1) if columns == "position" else grouped
-        grid = calibrate(unfolded, n_bits)
+        if columns == "position":  # I * K columns of one position each
+            grouped = grouped.reshape(g, o, i * k, 1)
+        grid = calibrate(grouped, n_bits)
         codes = grid.codes.view(g, o, i, k).mT.to(torch.uint8)  # (G, O, K, I)
         s_in = grid.s_in.view(g, i, -1).mT  # (G, K, I), or (G, 1, I)
         self.register_buffer("codes", pack(codes, n_bits))
@@ -407,10 +417,10 @@ class QuantLayer(nn.Module):
             scale = self.s_out if kind == "d_out" else self.s_in
             for b in range(num_buckets):
                 self.register_parameter(f"{kind}_{b}", nn.Parameter(torch.zeros_like(scale)))
-        self.trains_positions = "d_in" in self.trained and s_in.shape[1] > 1
+        self.trains_positions = "d_in" in self.trained and s_in.shape[1] > 1  # K of them
 
     def delta(self, kind: str, b: int) -> nn.Parameter | None:
-        """d_out (G * O,) or d_in (G * I,) of bucket b; None if such deltas aren't trained."""
+        """d_out or d_in of bucket b; None if such deltas aren't trained."""
         return getattr(self, f"{kind}_{b}") if kind in self.trained else None
 
     # fmt: off
@@ -434,7 +444,7 @@ class QuantLayer(nn.Module):
         w = codes.to(s_out.dtype)                                   # (G, O, K, I)
         w.sub_(self.zero_point.view(g, o, 1, 1))                    # in place: no second copy
         w.mul_(s_out.view(g, o, 1, 1))
-        w.mul_(s_in.view(g, 1, -1, i))                              # a scale for each k, or one for all
+        w.mul_(s_in.view(g, 1, -1, i))                              # for each k, or for all
         w = w.view(g * o, *kernel, i)                               # (G * O, *kernel, I)
         return w.movedim(-1, 1).to(dtype)                           # (G * O, I, *kernel)
     # fmt: on
@@ -476,10 +486,10 @@ class QuantLayer(nn.Module):
             d_out = torch.stack(d_out)  # (B, O)
             d_in = torch.stack(d_in) if "d_in" in self.trained else None  # (B, I)
         if x.dtype.itemsize >= 4:
-            return QuantMatmul.apply(x, d_out, d_in, bias, self, index)
+            return ChannelMatmul.apply(x, d_out, d_in, bias, self, index)
         # In float16 and bfloat16, y - bias would have few digits of W x if the bias is large. So
         # y = W x is kept for backward, and the bias is added afterwards.
-        y = QuantMatmul.apply(x, d_out, d_in, None, self, index)
+        y = ChannelMatmul.apply(x, d_out, d_in, None, self, index)
         return self.add_bias(y, bias)
 
     def batch_of_samples(self, x: Tensor) -> Batch:
@@ -499,7 +509,7 @@ class QuantLayer(nn.Module):
                 f"a quantized layer got {len(x)} samples for {len(batch.index)} timesteps; "
                 "dimension 0 must be the batch"
             )
-        return batch._replace(index=batch.index.to(x.device))
+        return Batch(batch.present, batch.index.to(x.device), batch.counts)
 
     def add_bias(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """y (N, O, H', W') + bias (O,)."""
@@ -627,24 +637,22 @@ class QuantConv2d(QuantLayer):
         return torch.nn.grad.conv2d_input(shape, w, g, *self.args).view(x_shape)
 
     def grads(self, g, x, w, train_x):
-        """dL/dx, or None if it isn't needed, and dL/dw."""
+        """dL/dx, None if it isn't needed, and dL/dw (G * O, I, *kernel)."""
         stride, padding, dilation, groups = self.args
-        images = x.view(-1, *x.shape[-3:])
-        g = g.view(-1, *g.shape[-3:])
-        no_transpose = (False, (0, 0))
         gx, gw, _ = torch.ops.aten.convolution_backward(
-            g,
-            images,
+            g.view(-1, *g.shape[-3:]),
+            x.view(-1, *x.shape[-3:]),
             w,
-            None,
+            None,  # no bias
             stride,
             padding,
             dilation,
-            *no_transpose,
+            False,  # not transposed
+            (0, 0),
             groups,
-            (train_x, True, False),
+            (train_x, True, False),  # which of the gradients of x, w and the bias
         )
-        return (gx.view(x.shape) if train_x else None), gw
+        return gx.view(x.shape) if train_x else None, gw
 
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -686,6 +694,8 @@ def quantize(
     num_buckets: how many scale sets there are over the timesteps 0 .. T. T must be that of the
         model: if its times reach from 0 to 1 and T is 1000, all of them are in the first bucket.
     scales: what is trained, "out" (rows alone, PEQA) or "out+in".
+    columns: what has a scale s_in, "channel" (an input channel, as in the paper) or "position" (an
+        input channel at a position of the kernel).
     calibration: "minmax", "mse", "rowcol" (calibrate.py), or "gptq", which needs data (gptq.py).
         By default gptq if there are data, else rowcol.
     timestep: the name of the argument of model.forward that holds the timesteps, (N,) or one for
@@ -706,7 +716,7 @@ def quantize(
         edges = equal_edges(num_buckets, T)
     if calibration is None:
         calibration = "rowcol" if data is None else "gptq"
-    checks.check_arguments(model, n_bits, edges, scales, calibration, timestep)
+    checks.check_arguments(model, n_bits, edges, scales, columns, calibration, timestep)
     edges = [float(edge) for edge in edges]
     num_buckets = len(edges) - 1
     keep_float = checks.as_patterns(model, "keep_float", keep_float)
@@ -767,7 +777,7 @@ def quantize(
 
 
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The deltas by name: d_out_b (G * O,) and d_in_b (G * I,) of each layer and bucket b."""
+    """The deltas by name: d_out_b and d_in_b of each layer and bucket b."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):

@@ -29,7 +29,7 @@ def check_buckets(num_buckets, T):
         raise ValueError(f"num_buckets must be at least 1, not {num_buckets}")
 
 
-def check_arguments(model, n_bits, edges, scales, calibration, timestep):
+def check_arguments(model, n_bits, edges, scales, columns, calibration, timestep):
     """All arguments of quantize are in range, and the model isn't quantized or compiled."""
     if hasattr(model, "quant_config"):
         raise ValueError("the model is quantized already; give the float model, or merge this one")
@@ -40,6 +40,8 @@ def check_arguments(model, n_bits, edges, scales, calibration, timestep):
         raise ValueError(f"edges must be two or more increasing numbers, not {edges}")
     if scales not in ("out", "out+in"):
         raise ValueError(f"scales must be out or out+in, not {scales}")
+    if columns not in ("channel", "position"):
+        raise ValueError(f"columns must be channel or position, not {columns}")
     calibrations = [*CALIBRATIONS, "gptq"]
     if calibration not in calibrations:
         raise ValueError(f"calibration must be {' or '.join(calibrations)}, not {calibration}")
