@@ -325,8 +325,8 @@ class ChannelMatmul(torch.autograd.Function):
 class PositionMatmul(torch.autograd.Function):
     """y = W x + bias for a convolution whose columns are input channels at positions.
 
-    samples: for each of the B buckets in the batch, the numbers of its samples (N_b,). d_out (B, O),
-    d_in (B, K * I): their deltas. x, bias, layer: as for ChannelMatmul.
+    samples: for each of the B buckets in the batch, the numbers of its samples (N_b,).
+    d_out (B, O), d_in (B, K * I): their deltas. x, bias, layer: as for ChannelMatmul.
     """
 
     @staticmethod

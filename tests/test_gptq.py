@@ -211,7 +211,8 @@ DATA = [(x.float(), torch.arange(20)) for x in correlated(60, 12).split(20)]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_outputs_are_nearer_than_with_rowcol(name):
+@pytest.mark.parametrize("columns", ["channel", "position"])
+def test_outputs_are_nearer_than_with_rowcol(name, columns):
     layer, shape = make_layer(name)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, *shape, generator=generator)
@@ -220,9 +221,26 @@ def test_outputs_are_nearer_than_with_rowcol(name):
     for calibration in ("rowcol", "gptq"):
         model = nn.Sequential(copy.deepcopy(layer))
         data = [(batch,) for batch in x]
-        quantize(model, 3, calibration=calibration, keep8=[], data=data)
+        quantize(model, 3, columns=columns, calibration=calibration, keep8=[], data=data)
         error[calibration] = sum((model(batch) - layer(batch)).square().sum() for batch in x)
-    assert error["gptq"] < error["rowcol"]
+    if columns == "position" and name == "each channel a group":  # a scale for each weight
+        assert max(error.values()) < 1e-6
+    else:
+        assert error["gptq"] < error["rowcol"]
+
+
+def test_columns_by_position_are_in_the_order_of_the_moments():
+    """gptq of the unfolded weight, as the reference above has it, is what a layer gets."""
+    layer, shape = make_layer("groups")
+    layer = layer.double()
+    x = torch.randn(shape, dtype=torch.float64).cumsum(-1)
+    g = layer.groups
+    w = layer.weight.detach().reshape(g, len(layer.weight) // g, -1, 1)  # (G, O, I * K, 1)
+    expected = gptq(w, 3, moments_of(layer, [x], [x])).weight()
+
+    model = nn.Sequential(copy.deepcopy(layer))
+    quantize(model, 3, columns="position", keep8=[], data=[(x,)])
+    torch.testing.assert_close(model[0].weight, expected.view_as(layer.weight))
 
 
 def test_a_layer_is_given_what_reaches_it_in_the_quantized_and_in_the_float_network(monkeypatch):

@@ -137,9 +137,12 @@ class Plain(nn.Module):
         self.d_out = self.copies("d_out")
         self.d_in = self.copies("d_in") if layer.delta("d_in", 0) is not None else None
 
-        # columns[o, i]: the input channel that W[o, i] is multiplied by
+        # columns[o, i, k]: the place in s_in of the scale that W[o, i, k] is multiplied by
+        of_group = len(layer.s_in) // layer.groups  # I, or K * I if each position has its own
         group = torch.arange(o) // (o // layer.groups)  # (O,)
-        self.columns = group[:, None] * i + torch.arange(i)  # (O, I)
+        position = torch.arange(math.prod(kernel)) if of_group > i else torch.zeros(1).long()
+        columns = group[:, None, None] * of_group + torch.arange(i)[:, None] + position * i
+        self.columns = columns.expand(o, i, math.prod(kernel)).reshape(layer.shape)
 
     def copies(self, kind):
         """The deltas of the layer, for each bucket, with gradients of their own."""
@@ -156,8 +159,7 @@ class Plain(nn.Module):
             s_in = s_in * self.d_in[b].exp()
         ones = [1 for _ in self.layer.shape[2:]]
         rows = s_out.view(-1, 1, *ones)  # (O, 1, ...)
-        columns = s_in[self.columns].view(*self.columns.shape, *ones)  # (O, I, ...)
-        return rows * self.q * columns
+        return rows * self.q * s_in[self.columns]
 
     def forward(self, x, b):
         s = self.source
@@ -185,12 +187,12 @@ LAYERS = {  # how to make each, and the shape of its input
 }
 
 
-def tuned(make, n_bits, num_buckets, scales="out+in"):
+def tuned(make, n_bits, num_buckets, scales="out+in", columns="channel"):
     """A quantized layer in a model, its deltas no longer zero, and the plain reference of it."""
     torch.manual_seed(0)
     model = OneLayer(make().double())
     source = copy.deepcopy(model.layer)
-    quantize(model, n_bits, num_buckets, scales=scales, keep8=())
+    quantize(model, n_bits, num_buckets, scales=scales, columns=columns, keep8=())
     spread(model)
     return model, Plain(model.layer, source)
 
@@ -206,25 +208,30 @@ def deltas_beside_references(model, plain):
     return pairs
 
 
+COLUMNS = ["channel", "position"]
 ONE_BUCKET = [600, 600, 999, 600]
 MIXED = [999, 0, 600, 10]
-SETTINGS = [  # n_bits, num_buckets, scales, timesteps
-    (4, 1, "out+in", MIXED),
-    (3, 2, "out+in", ONE_BUCKET),
-    (2, 4, "out+in", MIXED),
-    (8, 1, "out", MIXED),
-    (3, 3, "out", MIXED),
+SETTINGS = [  # n_bits, num_buckets, scales, columns, timesteps
+    (4, 1, "out+in", "channel", MIXED),
+    (3, 2, "out+in", "channel", ONE_BUCKET),
+    (2, 4, "out+in", "channel", MIXED),
+    (8, 1, "out", "channel", MIXED),
+    (3, 3, "out", "channel", MIXED),
+    (4, 1, "out+in", "position", MIXED),
+    (3, 2, "out+in", "position", ONE_BUCKET),
+    (2, 4, "out+in", "position", MIXED),
+    (3, 3, "out", "position", MIXED),
 ]
 
 
 # test_properties.py draws layers, bits and buckets at random
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("n_bits, num_buckets, scales, t", SETTINGS)
+@pytest.mark.parametrize("n_bits, num_buckets, scales, columns, t", SETTINGS)
 def test_outputs_and_gradients_equal_dequantization_under_autograd(
-    name, n_bits, num_buckets, scales, t
+    name, n_bits, num_buckets, scales, columns, t
 ):
     make, shape = LAYERS[name]
-    model, plain = tuned(make, n_bits, num_buckets, scales)
+    model, plain = tuned(make, n_bits, num_buckets, scales, columns)
     b = [time * num_buckets // 1000 for time in t]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     x2 = x.detach().clone().requires_grad_()
@@ -247,9 +254,10 @@ def test_outputs_and_gradients_equal_dequantization_under_autograd(
 
 @pytest.mark.parametrize("name", ["3x3", "tokens"])
 @pytest.mark.parametrize("t", [ONE_BUCKET, MIXED], ids=["one", "mixed"])
-def test_a_bias_made_trainable_gets_the_gradient_of_the_reference(name, t):
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_bias_made_trainable_gets_the_gradient_of_the_reference(name, t, columns):
     make, shape = LAYERS[name]
-    model, plain = tuned(make, 4, 2)
+    model, plain = tuned(make, 4, 2, columns=columns)
     model.layer.bias.requires_grad_(True)
     b = [time * 2 // 1000 for time in t]
     x = torch.randn(shape, dtype=torch.float64)
@@ -267,9 +275,10 @@ def test_a_bias_made_trainable_gets_the_gradient_of_the_reference(name, t):
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "linear"])
-def test_a_single_input_that_needs_no_gradient(name):
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_single_input_that_needs_no_gradient(name, columns):
     make, shape = LAYERS[name]
-    model, plain = tuned(make, 4, 1)
+    model, plain = tuned(make, 4, 1, columns=columns)
     x = torch.randn(shape[1:], dtype=torch.float64)
     y = model(x)
     y2 = plain(x, 0)
@@ -281,21 +290,43 @@ def test_a_single_input_that_needs_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["dilation", "groups", "linear"])
-def test_the_weight_of_the_base_is_the_grid_that_rowcol_finds(name):
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_the_weight_of_the_base_is_the_grid_that_rowcol_finds(name, columns):
     make, _ = LAYERS[name]
     source = make().double()
-    model = quantize(OneLayer(copy.deepcopy(source)), 3, keep8=())
+    model = quantize(OneLayer(copy.deepcopy(source)), 3, columns=columns, keep8=())
     w = source.weight.detach()
     g = getattr(source, "groups", 1)
-    grid = rowcol(w.reshape(g, len(w) // g, w.shape[1], -1), 3)
+    positions = w[0, 0].numel() if columns == "channel" else 1  # that share a scale
+    grid = rowcol(w.reshape(g, len(w) // g, -1, positions), 3)
     expected = (grid.codes - grid.zero_point) * grid.s_out * grid.s_in
     torch.testing.assert_close(model.layer.dequantize(), expected.view_as(w), **CLOSE)
 
 
-@pytest.mark.parametrize("scales", ["out", "out+in"])
+def test_a_column_for_each_position_lets_a_kernel_change_its_shape():
+    """Two columns of one kernel swap sizes: exactly what scales by position can say."""
+    model = OneLayer(nn.Conv2d(1, 1, (1, 2), bias=False))
+    quantize(model, 8, columns="position", keep8=())
+    before = model.layer.weight.flatten()
+    with torch.no_grad():
+        model.layer.d_in_0.copy_(torch.tensor([2.0, 0.5]).log())
+    torch.testing.assert_close(model.layer.weight.flatten(), before * torch.tensor([2.0, 0.5]))
+
+
+KEPT = [  # the layer, its columns and what trains; whether x and y are kept
+    (partial(nn.Linear, 64, 48), (3, 64), "channel", "out", False, True),
+    (partial(nn.Linear, 64, 48), (3, 64), "channel", "out+in", True, True),
+    (partial(nn.Conv2d, 8, 6, 3), (3, 8, 6, 6), "position", "out", False, True),
+    (partial(nn.Conv2d, 8, 6, 3), (3, 8, 6, 6), "position", "out+in", True, False),
+]
+
+
+@pytest.mark.parametrize("make, shape, columns, scales, keeps_x, keeps_y", KEPT)
 @pytest.mark.parametrize("t", [[10, 20, 30], [10, 900, 30]], ids=["one", "mixed"])
-def test_no_float_weight_is_kept_for_backward_nor_x_without_column_scales(t, scales, monkeypatch):
-    model, _ = tuned(partial(nn.Linear, 64, 48), 4, 2, scales)
+def test_no_float_weight_is_kept_for_backward_and_only_what_is_needed(
+    make, shape, columns, scales, keeps_x, keeps_y, t, monkeypatch
+):
+    model, _ = tuned(make, 4, 2, scales, columns)
     dequantize = model.layer.dequantize
     weights = []  # weak references
 
@@ -310,15 +341,16 @@ def test_no_float_weight_is_kept_for_backward_nor_x_without_column_scales(t, sca
 
     monkeypatch.setattr(model.layer, "dequantize", noted)
     kept = []
-    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
         y = model(x, torch.tensor(t))
-    assert [w() for w in weights] == [None]
-    assert y.numel() in kept
-    assert (x.numel() in kept) == (scales == "out+in")
-    assert max(kept) <= x.numel()
+    count = len(weights)
+    assert [w() for w in weights] == [None] * count
+    assert (y.numel() in kept) == keeps_y
+    assert (x.numel() in kept) == keeps_x
+    assert max(kept) <= max(x.numel(), y.numel())
     y.sum().backward()
-    assert [w() for w in weights] == [None, None]  # backward has built it again
+    assert [w() for w in weights] == [None] * (2 * count)  # backward has built them again
 
 
 # --------------------------------------------------------------------------------------------------

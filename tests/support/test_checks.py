@@ -64,6 +64,7 @@ ARGUMENTS = [  # and a part of the error
     ({"T": NAN}, "T must be a positive number"),
     ({"T": float("inf")}, "T must be a positive number"),
     ({"scales": "in"}, "scales must be out or out\\+in, not in"),
+    ({"columns": "kernel"}, "columns must be channel or position, not kernel"),
     ({"calibration": "best"}, "minmax or mse or rowcol or gptq, not best"),
     ({"num_buckets": 2, "timestep": "step"}, "timestep must be x or time, not step"),
     ({"keep8": ["midle"]}, "keep8 has 'midle', which fits no module"),

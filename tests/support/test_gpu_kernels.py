@@ -92,12 +92,12 @@ def by_kernels(run):
         return run()
 
 
-def quantized(name, n_bits, num_buckets=2):
+def quantized(name, n_bits, num_buckets=2, columns="channel"):
     """A quantized layer whose scales and deltas are all different."""
     torch.manual_seed(n_bits)
     layer = LAYERS[name]()
     kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-    layer = kind(layer, n_bits, num_buckets, "out+in", minmax)
+    layer = kind(layer, n_bits, num_buckets, "out+in", columns, minmax)
     for delta in deltas(layer).values():
         nn.init.normal_(delta, std=0.1)
     nn.init.uniform_(layer.s_in, 0.5, 2)
@@ -129,9 +129,10 @@ def relative_error(got, wanted):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_bits", BITS)
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("columns", ["channel", "position"])
 @torch.no_grad()
-def test_dequantize(name, n_bits, dtype):
-    layer = quantized(name, n_bits)
+def test_dequantize(name, columns, n_bits, dtype):
+    layer = quantized(name, n_bits, columns=columns)
     d_out = layer.delta("d_out", 1)
     d_in = layer.delta("d_in", 1)
     for pair in ((None, None), (d_out, None), (d_out, d_in)):
@@ -280,7 +281,7 @@ def test_the_plain_code_runs_without(missing, monkeypatch):
     spec.loader.exec_module(alone)
     assert alone.kernels is None
 
-    layer = alone.QuantLinear(nn.Linear(20, 12), 4, 1, "out+in", minmax)
+    layer = alone.QuantLinear(nn.Linear(20, 12), 4, 1, "out+in", "channel", minmax)
     layer(torch.randn(3, 20)).sum().backward()
     assert layer.delta("d_out", 0).grad.isfinite().all()
 

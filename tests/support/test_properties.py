@@ -18,6 +18,7 @@ BITS = st.integers(2, 8)
 SIZES = st.integers(1, 7)
 SEEDS = st.integers(0, 2**32)
 SCALES = st.sampled_from(["out", "out+in"])
+COLUMNS = st.sampled_from(["channel", "position"])
 NAMES = [*CALIBRATIONS, "gptq"]
 CALIBRATION_NAMES = st.sampled_from(NAMES)
 KINDS = st.sampled_from(
@@ -122,9 +123,9 @@ def test_minmax_is_within_half_a_step_mse_no_worse_and_rowcol_no_worse_than_zero
     assert errors["rowcol"].sum() <= w.square().sum() * 1.0001  # its scales are least squares
 
 
-@given(layers(), BITS, st.integers(1, 5), SCALES, CALIBRATION_NAMES, st.data())
+@given(layers(), BITS, st.integers(1, 5), SCALES, COLUMNS, CALIBRATION_NAMES, st.data())
 def test_outputs_and_gradients_of_any_layer_equal_dequantization_under_autograd(
-    made, n_bits, num_buckets, scales, calibration, data
+    made, n_bits, num_buckets, scales, columns, calibration, data
 ):
     layer, x = made
     layer = layer.double()
@@ -136,7 +137,7 @@ def test_outputs_and_gradients_of_any_layer_equal_dequantization_under_autograd(
 
     model = OneLayer(copy.deepcopy(layer))
     batches = [(x.detach(),)]
-    quantize(model, n_bits, num_buckets, 100, scales, calibration, keep8=(), data=batches)
+    quantize(model, n_bits, num_buckets, 100, scales, columns, calibration, keep8=(), data=batches)
     trains_bias = layer.bias is not None and data.draw(st.booleans())
     if trains_bias:
         model.layer.bias.requires_grad_(True)
@@ -165,16 +166,23 @@ def test_outputs_and_gradients_of_any_layer_equal_dequantization_under_autograd(
                 torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-9, atol=1e-9)
 
 
-@given(layers(), BITS, st.integers(1, 3), CALIBRATION_NAMES)
+@given(layers(), BITS, st.integers(1, 3), COLUMNS, CALIBRATION_NAMES)
 def test_training_stays_finite_and_adapters_and_merged_models_carry_it(
-    made, n_bits, num_buckets, calibration
+    made, n_bits, num_buckets, columns, calibration
 ):
     layer, x = made
 
     def make():
         model = OneLayer(copy.deepcopy(layer))
         return quantize(
-            model, n_bits, num_buckets, 100, calibration=calibration, keep8=(), data=[(x,)]
+            model,
+            n_bits,
+            num_buckets,
+            100,
+            columns=columns,
+            calibration=calibration,
+            keep8=(),
+            data=[(x,)],
         )
 
     model = make()
