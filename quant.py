@@ -8,10 +8,9 @@ channel) has a scale and a zero point, and each column has a scale:
 
     W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]        codes in 0 .. 2^n_bits - 1
 
-A column is an input channel. In a convolution with a kernel of K positions it may also be an input
-channel at one position, so that there are K times as many (columns="position"). In the paper the
-positions share a scale (columns="channel"). Then a kernel keeps its shape whatever the scales do,
-and that is what limits fine-tuning most.
+A column is an input channel (columns="channel"), as in the paper. Then the K positions of a
+convolution's kernel share a scale, and a kernel keeps its shape whatever the scales do. With
+columns="position", a column is an input channel at one position, and there are K times as many.
 
 Fine-tuning trains the scales and nothing else. Training s_out alone is PEQA (Kim et al. 2023);
 training both is the paper's multi-channel-wise scale update (MCSU). The timesteps are cut into
@@ -27,29 +26,30 @@ One learning rate then means the same in every layer, deltas of zero are the bas
 scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
 
     gx           = dL/dx = W^T g
-    dL/dd_out[o] = sum over samples and positions of g[o] * (y[o] - bias[o])
-    dL/dd_in[i]  = sum over samples and positions of gx[i] * x[i]
+    dL/dd_out[o] = sum over samples and pixels of g[o] * (y[o] - bias[o])
+    dL/dd_in[i]  = sum over samples and pixels of gx[i] * x[i]
 
 The last two are this simple because exp is its own derivative. y[o] - bias[o] is proportional to
 exp(d_out[o]), so it is its own derivative by d_out[o]. And y depends on d_in[i] only through
 u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u = gx[i] * x[i].
 
-So where columns are channels, no gradient of a weight is ever computed. For backward a layer keeps
-its packed codes, x (if d_in trains) and y (if d_out trains). The float W lives for one matmul, and
-backward builds it again.
+So no gradient of a weight is ever computed. For backward a layer keeps its packed codes, x (if d_in
+trains) and y (if d_out trains). The float W lives for one matmul, and backward builds it again.
 
-Where columns are positions, gx no longer tells through which of them it came. There the gradient of
-W is made, for one layer at a time. W itself is proportional to both exponentials, so
+If the scales of positions train, gx is already summed over the positions and can't give dL/dd_in.
+There the gradient of W is made, for one layer at a time. W is proportional to both exponentials, so
 
-    M[o, i] = W[o, i] * dL/dW[o, i],    dL/dd_out[o] = sum over i of M,    dL/dd_in[i] = sum over o
+    M[o, i]      = W[o, i] * dL/dW[o, i]
+    dL/dd_out[o] = sum over i of M[o, i]
+    dL/dd_in[i]  = sum over o of M[o, i]
 
-That takes a third product, as full fine-tuning does, and keeps x alone.
+That takes a third product, as full fine-tuning does; only x is kept.
 
 If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not, W is
 built without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its
-activations before and after the matmul; by position, each bucket has a convolution of its own. A
-bucket without a sample in the batch has no gradient (None, not zeros), so the optimizer skips it
-and leaves its momentum alone.
+activations before and after the matmul. Scales of positions can't be moved to the activations:
+there each bucket has a W and a convolution of its own. A bucket without a sample in the batch has
+no gradient (None, not zeros), so the optimizer skips it and leaves its momentum alone.
 
 The chapters: buckets, bits, the batch, the layer, the swap, what you carry away. calibrate.py finds
 the codes and the scales to start from, gptq.py the same with data, and support/checks.py says what
@@ -166,20 +166,21 @@ def unpack(packed: Tensor, n_bits: int, shape: tuple[int, ...]) -> Tensor:
 # The batch: how a layer learns its timesteps
 # --------------------------------------------------------------------------------------------------
 
-# A layer is called with x alone. So a quantized model has two hooks: before its forward, enter_call
-# finds the buckets of the timesteps, and after it leave_call forgets them. Between the two, layers
-# read them from current.batch.
+# A layer is called with x alone. So a model with several buckets has two hooks: before its forward,
+# enter_call finds the buckets of the timesteps, and after it leave_call forgets them. Between the
+# two, layers read them from current.batch.
 
 
 class Batch(NamedTuple):
     """The buckets of a batch.
 
-    With edges [0, 500, 1000], timesteps [900, 100, 950] have present [0, 1] and index [1, 0, 1].
+    With three buckets over 0 .. 900, timesteps [800, 100, 850] have present [0, 2], index [1, 0, 1]
+    and counts [1, 2].
     """
 
     present: list[int]  # the B buckets in the batch, in increasing order
-    index: Tensor  # each sample's place in present: (N,), or (1,) if one timestep is for all
-    counts: list[int] = ()  # how many samples each of them has
+    index: Tensor | None  # each sample's place in present: (N,), or (1,) if one timestep is for all
+    counts: list[int] = ()  # the samples of each of present
     model: nn.Module | None = None  # whose call it is
     outer: "Batch | None" = None  # what was current before: one quantized model may call another
 
@@ -257,7 +258,7 @@ def checkpoint_contexts():
 # The formatter would move the shape comments out of their column.
 # fmt: off
 class ChannelMatmul(torch.autograd.Function):
-    """y = W x + bias for a layer whose columns are its input channels.
+    """y = W x + bias, unless the scales of positions train.
 
     index None: all samples share a bucket, d_out is (O,) and d_in (I,), and W has these deltas.
     index (N,): the row of d_out (B, O) and d_in (B, I) that belongs to each sample. W is without
@@ -323,18 +324,19 @@ class ChannelMatmul(torch.autograd.Function):
 
 
 class PositionMatmul(torch.autograd.Function):
-    """y = W x + bias for a convolution whose columns are input channels at positions.
+    """y = W x + bias for a convolution in which the scales of positions train.
 
     samples: for each of the B buckets in the batch, the numbers of its samples (N_b,).
-    d_out (B, O), d_in (B, K * I): their deltas. x, bias, layer: as for ChannelMatmul.
+    d_out (B, O), d_in (B, K * I): their deltas. Shapes are again those without groups.
+    x, bias, layer: as for ChannelMatmul.
     """
 
     @staticmethod
     def forward(ctx, x, d_out, d_in, bias, layer, samples):         # (N, I, H, W)
         parts = []
-        for b, n in enumerate(samples):
+        for b, mine in enumerate(samples):
             w = layer.dequantize(d_out[b], d_in[b], x.dtype)        # (O, I, *kernel)
-            parts.append(layer.matmul(x[n], w, bias))               # (N_b, O, H', W')
+            parts.append(layer.matmul(x[mine], w, bias))            # (N_b, O, H', W')
         ctx.layer = layer
         ctx.samples = samples
         ctx.save_for_backward(x, d_out, d_in)
@@ -349,10 +351,10 @@ class PositionMatmul(torch.autograd.Function):
         gx = []
         grad_out = []
         grad_in = []
-        for b, n in enumerate(ctx.samples):
+        for b, mine in enumerate(ctx.samples):
             w = layer.dequantize(d_out[b], d_in[b], g.dtype)        # (O, I, *kernel), built again
-            gx_b, gw = layer.grads(g[n], x[n], w, train_x)
-            m = layer.as_matrix(w.to(d_out.dtype) * gw)             # (G, O, K, I)
+            gx_b, gw = layer.grads(g[mine], x[mine], w, train_x)
+            m = layer.as_matrix(w.to(d_out.dtype) * gw)             # (G, O, K, I), M above
             gx.append(gx_b)                                         # (N_b, I, H, W)
             grad_out.append(m.sum((2, 3)).flatten())                # (G * O,)
             grad_in.append(m.sum(1).flatten())                      # (G * K * I,)
@@ -373,14 +375,14 @@ class QuantLayer(nn.Module):
     """A Conv2d or Linear whose weight is packed codes and scales; only the deltas are trained.
 
     codes: packed, uint8, in the order (G, O, K, I): groups, rows of a group, positions of the
-    kernel, columns. Unpacked, this is a weight in channels_last.
+    kernel, input channels of a group. Unpacked, this is a weight in channels_last.
     zero_point, s_out: (G * O,). s_in: (G * I,), or in the order (G, K, I) if columns are positions.
     d_out_0, d_in_0, d_out_1, ...: the deltas of each bucket, of the shape of s_out and of s_in;
     there are no d_in if columns aren't trained. Each bucket has parameters of its own, so that the
     gradient of a bucket that isn't in the batch is None.
 
     QuantLinear and QuantConv2d below say how to multiply, and where the channels of x and y are:
-    float_type and its settings, groups, channel_dim, matmul, input_grad.
+    float_type and its settings, groups, channel_dim, matmul, input_grad, grads.
     """
 
     def __init__(self, layer, n_bits, num_buckets, scales, columns, calibrate):
@@ -437,7 +439,7 @@ class QuantLayer(nn.Module):
         s_in = self.s_in if d_in is None else self.s_in * d_in.exp()
         g = self.groups
         o = self.shape[0] // g                                      # rows of a group
-        i = self.shape[1]                                           # columns of a group
+        i = self.shape[1]                                           # input channels of a group
         kernel = self.shape[2:]                                     # () for a linear layer
 
         codes = unpack(self.codes, self.n_bits, (g, o, kernel.numel(), i))
@@ -574,15 +576,15 @@ class QuantLayer(nn.Module):
         float16, and a delta would lose the steps of the optimizer to rounding.
         """
 
-        def at_least_float32(tensor):
+        def keep_precision(tensor):
             moved = fn(tensor)
-            too_coarse = moved.dtype.itemsize < 4 or not tensor.is_floating_point()
-            if moved.dtype != tensor.dtype and too_coarse:
-                return tensor.to(moved.device)
-            return moved
+            is_precise = tensor.is_floating_point() and moved.dtype.itemsize >= 4
+            if moved.dtype == tensor.dtype or is_precise:
+                return moved
+            return tensor.to(moved.device)
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(at_least_float32, recurse)
+        super()._apply(keep_precision, recurse)
         if self.bias is not None:
             self.bias.data = self.bias.data.to(self.dtype)
         return self
@@ -732,15 +734,15 @@ def quantize(
         bits = 8 if any(checks.matches(name, keep8) for name in layers[layer]) else n_bits
         return kind(layer, bits, num_buckets, scales, columns, calibrate)
 
-    # All layers are made before the first is replaced: an error leaves the model as it was.
+    # All layers are made before the model is changed: an error leaves it as it was.
     if calibration == "gptq":
-        # gptq calls the model with some layers quantized; deltas are zero, so any bucket will do
+        # gptq tries each layer in the model; deltas are zero, so any bucket will do
         with set_batch(Batch([0], torch.zeros(0, dtype=torch.long))):
             quantized = quantize_with_data(model, layers, build, data)
     else:
         quantized = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
-    # freeze all but the deltas, also those of a quantized model inside that keep_float spares
+    # only deltas train, also those of a quantized model inside that keep_float spares
     set_layers(model, layers, quantized)
     model.requires_grad_(False)
     for delta in deltas(model).values():
@@ -810,11 +812,11 @@ def others_and_base(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def adapter(model: nn.Module) -> dict:
-    """What was trained, ready for torch.save: kilobytes, if it is deltas.
+    """What was trained, ready for torch.save: kilobytes, if only deltas were.
 
-    It holds quant_config, the fingerprint of the quantized base, all deltas of the model,
-    concatenated, as float16, and as they are the others: parameters that require a gradient and
-    the running statistics of BatchNorm. The model itself keeps its float32 deltas, so it differs a
+    It holds quant_config, the fingerprint of the quantized base, all deltas in one float16 tensor,
+    and the others unchanged: parameters that require a gradient, and the running statistics of
+    BatchNorm. The model itself keeps its float32 deltas, so it differs a
     little from one that loads the adapter. Raises ValueError if a number isn't finite (a delta: in
     float16), and if no parameter requires a gradient, because then nothing says what was trained.
     """
@@ -833,7 +835,7 @@ def adapter(model: nn.Module) -> dict:
 
 
 def load_adapter(model: nn.Module, saved: dict) -> None:
-    """Put the deltas of an adapter into model, and what else was trained, which then trains here.
+    """Copy the deltas of an adapter into model, and its other tensors, which then train here, too.
 
     Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
     as it was. The base has to be the same bit for bit: load the adapter in the dtype that it was

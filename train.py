@@ -41,7 +41,8 @@ def arguments(argv=None):
     add("--bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 32), default=4, help=bits_help)
     scales_help = "train the scales of rows (PEQA), or of rows and columns"
     add("--scales", choices=("out", "out+in"), default="out+in", help=scales_help)
-    add("--columns", choices=("channel", "position"), default="channel", help="columns")
+    columns_help = "what has a column scale: a channel (the paper), or each position of its kernel"
+    add("--columns", choices=("channel", "position"), default="channel", help=columns_help)
     buckets_help = "scale sets over the 1000 timesteps"
     add("--buckets", type=number(1, 1000), default=1, help=buckets_help)
     add(
@@ -65,8 +66,9 @@ def arguments(argv=None):
     parser.add_training()
 
     args = parser.parse_args(argv)
-    if args.bits == 32 and (args.scales, args.buckets, args.calibration) != ("out+in", 1, "rowcol"):
-        parser.error("--bits 32 has no quantizer; leave out --scales, --buckets and --calibration")
+    for flag in ("scales", "columns", "buckets", "calibration"):
+        if args.bits == 32 and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--bits 32 has no quantizer; leave out --{flag}")
     if args.lr is None:
         args.lr = 1e-3 if args.bits == 32 else 3e-2
     if args.out is None:
@@ -79,6 +81,8 @@ def name_of_run(args):
     parts = [Path(args.subject).resolve().name, f"{args.bits}bit"]
     if args.scales != "out+in":
         parts.append(args.scales)
+    if args.columns != "channel":
+        parts.append(args.columns)
     if args.buckets > 1:
         parts.append(f"{args.buckets}buckets")
     if args.calibration != "rowcol":
@@ -213,15 +217,14 @@ def main():
     tuned = {"kind": "model", "config": model.config}
     if args.bits < 32:
         data = calibration_data(args.device) if args.calibration == "gptq" else None
-        T = Diffusion().T
         quantize(
             model,
-            args.bits,
-            args.buckets,
-            T,
-            args.scales,
-            args.columns,
-            args.calibration,
+            n_bits=args.bits,
+            num_buckets=args.buckets,
+            T=Diffusion().T,
+            scales=args.scales,
+            columns=args.columns,
+            calibration=args.calibration,
             data=data,
         )
         tuned = {"kind": "quantized", "config": model.config, "quant_config": model.quant_config}
@@ -236,7 +239,7 @@ def main():
         subject = {"kind": "adapter", **adapter(model)}
         load_adapter(model, subject)  # rounds the deltas to float16, as they are saved
 
-    # sample and score, before anything is replaced
+    # sample and score, before any file is replaced
     images_after, scores_after = evaluate(model, parts, args)
 
     # save
