@@ -680,7 +680,7 @@ def quantize(
     num_buckets: int = 1,
     T: float = 1000,
     scales: str = "out+in",
-    columns: str = "channel",
+    columns: str = "position",
     calibration: str | None = None,
     timestep: str = "t",
     keep8: Sequence[str] | None = None,

@@ -42,7 +42,7 @@ def arguments(argv=None):
     scales_help = "train the scales of rows (PEQA), or of rows and columns"
     add("--scales", choices=("out", "out+in"), default="out+in", help=scales_help)
     columns_help = "what has a column scale: a channel (the paper), or each position of its kernel"
-    add("--columns", choices=("channel", "position"), default="channel", help=columns_help)
+    add("--columns", choices=("channel", "position"), default="position", help=columns_help)
     buckets_help = "scale sets over the 1000 timesteps"
     add("--buckets", type=number(1, 1000), default=1, help=buckets_help)
     add(
@@ -55,7 +55,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--subject", default="mo", help="a folder of images, or a name in data/subjects")
     add("--base", type=path, default=BASE, help="a pretrained model")
-    add("--steps", type=number(0, 10**7), default=1000, help="optimizer steps")
+    add("--steps", type=number(0, 10**7), default=500, help="optimizer steps")
     add("--lr", type=number(0.0, 10.0), help="learning rate; 0.03 for scales, 0.001 at 32 bits")
     batch_help = "instance images in a step of each process, and as many class images"
     add("--batch", type=number(1, 4096), default=8, help=batch_help)
@@ -81,7 +81,7 @@ def name_of_run(args):
     parts = [Path(args.subject).resolve().name, f"{args.bits}bit"]
     if args.scales != "out+in":
         parts.append(args.scales)
-    if args.columns != "channel":
+    if args.columns != "position":
         parts.append(args.columns)
     if args.buckets > 1:
         parts.append(f"{args.buckets}buckets")

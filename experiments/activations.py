@@ -87,7 +87,8 @@ def measure(bits: int | None, ranges: Ranges | None, seed: int, n: int) -> dict[
 @lru_cache(maxsize=1)
 def quantized_base(seed: int) -> UNet:
     """The shipped base with weights of 4 bits, by gptq."""
-    return quantize(load_model(BASE), 4, calibration="gptq", data=calibration_data(seed=seed))
+    data = calibration_data(seed=seed)
+    return quantize(load_model(BASE), 4, columns="channel", calibration="gptq", data=data)
 
 
 def round_inputs(quantized: UNet, bits: int, ranges: Ranges, data: list) -> UNet:

@@ -91,6 +91,7 @@ def lora_packed(model, rank, n_bits=4, calibration="minmax", data=None):
         model,
         n_bits,
         scales="out",  # fewer deltas, which are frozen below
+        columns="channel",
         calibration=calibration,
         keep_float=["*.lora_a", "*.lora_b"],
         data=data,

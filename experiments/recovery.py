@@ -97,7 +97,7 @@ def settings_of_thirds() -> dict[str, tuple[str, int]]:
 def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
     """Quantize the base by gptq with data from one of THIRDS: the loss at the timesteps of each."""
     data = calibration_data(seed=seed, diffusion=THIRDS[third])
-    model = quantize(load_model(BASE), bits, calibration="gptq", data=data)
+    model = quantize(load_model(BASE), bits, columns="channel", calibration="gptq", data=data)
     found = {}
     for name, diffusion in THIRDS.items():
         found[name] = validation_loss(model, diffusion=diffusion)
@@ -120,6 +120,7 @@ def prepare(setting: Recovery, seed: int):
         num_buckets,
         DIFFUSION.T,
         scales,
+        "channel",
         setting.calibration,
         data=data,
     )

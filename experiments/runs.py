@@ -55,7 +55,8 @@ class Row:
 
     name: str
     bits: int = 4  # of a weight; 32 is float
-    flags: str = ""  # the other flags of train.py
+    columns: str = "channel"  # what has a column scale: the paper's choice unless a row says so
+    flags: str = ""  # the other flags of train.py; steps are 1,000 if it doesn't name them
     method: str = ""  # the name without the bits, in the table of one subject
     lora: bool = False  # train LoRA on the packed base, and no scales
     raw_scales: bool = False  # train the scales themselves, and not their deltas
@@ -92,12 +93,15 @@ def rows_of_one_subject() -> list[Row]:
         "TuneQDM, N = 1": "",
         "TuneQDM, N = 2": "--buckets 2",
         "TuneQDM, N = 4": "--buckets 4",
+        "by position, N = 1": "",
+        "by position, N = 2": "--buckets 2",
         "LoRA r = 2, packed base": "--lr 0.003",
     }
     for bits in WIDTHS:
         for method, flags in methods.items():
-            name = f"{method}, {bits} bits"
-            rows.append(Row(name, bits, flags, method, lora=method.startswith("LoRA")))
+            columns = "position" if "position" in method else "channel"
+            is_lora = method.startswith("LoRA")
+            rows.append(Row(f"{method}, {bits} bits", bits, columns, flags, method, is_lora))
     return rows
 
 
@@ -106,7 +110,7 @@ def together(row: Row) -> Row:
     return replace(row, name=f"{row.name}, together", flags=f"{row.flags} --steps 2000")
 
 
-DEFAULT = "TuneQDM, N = 1, 4 bits"  # the row of train.py's defaults
+DEFAULT = "TuneQDM, N = 1, 4 bits"  # the row that others are compared with
 ONE_SUBJECT = by_name(rows_of_one_subject())
 SEVERAL = by_name(
     [
@@ -156,15 +160,17 @@ GPTQ_SETTINGS = by_name(  # tried on the subjects that no other table reports
 
 POSITION_SETTINGS = by_name(  # for columns by position, on the same two subjects
     [
-        Row("position", flags="--columns position"),
-        Row("position, 500 steps", flags="--columns position --steps 500"),
-        Row("position, gptq", flags="--columns position --calibration gptq"),
-        Row("position, gptq, 500 steps", flags="--columns position --calibration gptq --steps 500"),
-        Row("position, lr 0.02", flags="--columns position --lr 0.02"),
-        Row("position, 500 steps, lr 0.045", flags="--columns position --steps 500 --lr 0.045"),
-        Row("position, 500 steps, prior 1", flags="--columns position --steps 500 --prior 1"),
-        Row("position, 400 steps", flags="--columns position --steps 400"),
-        Row("channel, 500 steps", flags="--columns channel --steps 500"),
+        Row("position", columns="position"),
+        Row("position, 500 steps", columns="position", flags="--steps 500"),
+        Row("position, gptq", columns="position", flags="--calibration gptq"),
+        Row(
+            "position, gptq, 500 steps", columns="position", flags="--calibration gptq --steps 500"
+        ),
+        Row("position, lr 0.02", columns="position", flags="--lr 0.02"),
+        Row("position, 500 steps, lr 0.045", columns="position", flags="--steps 500 --lr 0.045"),
+        Row("position, 500 steps, prior 1", columns="position", flags="--steps 500 --prior 1"),
+        Row("position, 400 steps", columns="position", flags="--steps 400"),
+        Row("channel, 500 steps", flags="--steps 500"),
     ]
 )
 
@@ -205,8 +211,11 @@ def prepare(args, row: Row, subject: str, seed: int):
         raise ValueError(row.why_not_run())
     words = f"{row.name} {subject} {seed}".replace(", ", " ")
     out = Path("out") / args.log.stem / words.replace(" ", "-")
-    bits = ["--bits", str(row.bits)]
-    run = train.arguments([*bits, *row.flags.split(), "--seed", str(seed), "--out", str(out)])
+    flags = ["--bits", str(row.bits), "--steps", "1000"]
+    if row.bits < 32:
+        flags += ["--columns", row.columns]
+    flags += row.flags.split()
+    run = train.arguments([*flags, "--seed", str(seed), "--out", str(out)])
     run.steps //= args.steps_divisor
     run.sample_steps //= args.steps_divisor
 

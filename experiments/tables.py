@@ -59,6 +59,7 @@ IN_SHORT = [  # the README's rows
     "PEQA, 4 bits",
     DEFAULT,
     "TuneQDM, N = 2, 4 bits",
+    "by position, N = 1, 4 bits",
     "LoRA r = 2, packed base, 4 bits",
     "TuneQDM, N = 1, 2 bits",
 ]
