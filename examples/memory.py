@@ -168,13 +168,16 @@ ROWS = [  # the most important first: time may run out
 ]
 
 
+QUANTIZED = {"columns": "channel", "calibration": "minmax"}  # the paper's columns
+
+
 def build(row, config, device):
     """The row's UNet, and the optimizer of what its method trains."""
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(**config)
     if row.method == "ours":
-        quantize(unet, row.bits, row.buckets, T, calibration="minmax", timestep="timestep")
+        quantize(unet, row.bits, row.buckets, T, timestep="timestep", **QUANTIZED)
     if row.method == "LoRA r = 4":
         if device == "cuda":
             unet.half()
@@ -338,7 +341,7 @@ def check(device):
             layer = nn.Conv2d(32, 64, 3, padding=1) if kind == "conv" else nn.Linear(32, 64)
             shape = (2, 32, 16, 16) if kind == "conv" else (2, 16, 32)
             model = OneLayer(layer).to(device)
-            quantize(model, 4, 2, T, calibration="minmax", timestep="timestep", keep8=[])
+            quantize(model, 4, 2, T, timestep="timestep", **QUANTIZED, keep8=[])
             base = merge(model).layer.weight.detach().double()  # with all deltas zero
             for delta in deltas(model).values():
                 nn.init.normal_(delta, std=0.1)

@@ -29,13 +29,13 @@ weights in their places, and only warn. Merge first, which gives a float model o
     merge(unet, 0).save_pretrained(folder)
     unet = UNet2DConditionModel.from_pretrained(folder)
 
-or save what is packed, and put it into layers of the same shapes, bits and buckets:
+or save what is packed, and put it into layers of the same bits, buckets and columns:
 
     torch.save(unet.state_dict(), "base.pt")
     torch.save(adapter(unet), "adapter.pt")  # of what was trained since
 
     unet = UNet2DConditionModel.from_config(unet.config)
-    quantize(unet, 4, 2, timestep="timestep", calibration="minmax")
+    quantize(unet, 4, 2, timestep="timestep", columns="channel", calibration="minmax")
     unet.load_state_dict(torch.load("base.pt"))
     load_adapter(unet, torch.load("adapter.pt"))
 """
@@ -97,6 +97,8 @@ def arguments():
     add = parser.add_argument_group("quantizer").add_argument
     add("--bits", type=number(2, 8), default=4, help="bits of a weight")
     add("--buckets", type=number(1, 1000), default=2, help="scale sets over the timesteps")
+    columns_help = "what has a column scale: a channel, or each position of its kernel"
+    add("--columns", choices=("channel", "position"), default="channel", help=columns_help)
     calibrations = [*CALIBRATIONS, "gptq"]
     calibration_help = "how the integers and the first scales are found"
     add("--calibration", choices=calibrations, default="rowcol", help=calibration_help)
@@ -139,7 +141,7 @@ def check_task(parser, args):
     if bool(args.subject) == bool(args.sample):
         parser.error("give --subject FOLDER to train, or --sample PROMPT to draw")
     data = ("prompt", "class_images", "class_prompt")
-    quantizer = ("bits", "buckets", "calibration")
+    quantizer = ("bits", "buckets", "columns", "calibration")
     training = ("steps", "lr", "batch", "prior", "resume", "no_checkpoint")
     sampling = ("n", "sample_steps", "guidance")
     for name in sampling if args.subject else (*data, *quantizer, *training):
@@ -267,7 +269,7 @@ def load_base(args, model):
 
 def check_quantizer(args, base):
     """Raise ValueError if base was made with other flags."""
-    for key in ("bits", "calibration"):
+    for key in ("bits", "columns", "calibration"):
         value = base["made"][key]
         if value != getattr(args, key):
             raise ValueError(
@@ -309,14 +311,15 @@ def make_base(args, model, noise, data):
     unet = load_unet(args.model, dtype)
     config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     unet.to(args.device)
-    quantize(unet, args.bits, T=T, calibration=args.calibration, data=batches)
+    made = {"columns": args.columns, "calibration": args.calibration}
+    quantize(unet, args.bits, T=T, **made, data=batches)
     unet.float()
     state = unet.state_dict()
     for name in deltas(unet):
         del state[name]
     base = {
         "kind": BASE,
-        "made": {"model": model, "bits": args.bits, "calibration": args.calibration},
+        "made": {"model": model, "bits": args.bits, **made},
         "config": config,
         "T": T,
         "unet": state,
@@ -328,9 +331,17 @@ def build(base, num_buckets):
     """The quantized UNet of a base.pt, with all deltas zero."""
     unet = UNet2DConditionModel.from_config(base["config"])
     # quantize its random weights, for layers of the right shapes, and fill these
-    bits = base["made"]["bits"]
-    quantize(unet, bits, num_buckets, base["T"], calibration="minmax", timestep="timestep")
-    unet.quant_config["calibration"] = base["made"]["calibration"]
+    made = base["made"]
+    quantize(
+        unet,
+        made["bits"],
+        num_buckets,
+        base["T"],
+        columns=made["columns"],
+        calibration="minmax",
+        timestep="timestep",
+    )
+    unet.quant_config["calibration"] = made["calibration"]
     unet.load_state_dict({**unet.state_dict(), **base["unet"]})
     return unet
 

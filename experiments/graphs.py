@@ -50,32 +50,33 @@ class Graphed:
         t: the timesteps (N,), best on the CPU. From a GPU they have to be waited for, if there are
         several buckets.
         """
-        present, index = self.buckets_of(t)
+        batch = self.batch_of(t)
         # with t on the CPU, nothing here waits for what the GPU has yet to do
-        index = index.to(x.device, non_blocking=True)
+        index = batch.index.to(x.device, non_blocking=True)
         tensors = (x, t.to(x.device, non_blocking=True), *others)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         modes = (self.model.training, torch.is_grad_enabled(), autocast)
-        kind = (tuple(present), shapes, modes)
+        kind = (tuple(batch.present), tuple(batch.counts), shapes, modes)
         if kind not in self.recordings:
             is_full = len(self.recordings) == MOST_RECORDINGS
             if is_full or kind not in self.seen:
                 self.seen.add(kind)
                 return self.model(*tensors)
-            self.recordings[kind] = record(self.model, present, index, tensors, self.pool)
+            self.recordings[kind] = record(self.model, batch, index, tensors, self.pool)
         return self.recordings[kind](index, *tensors)
 
-    def buckets_of(self, t):
-        """present and index (see quant.Batch), on the CPU.
+    def batch_of(self, t):
+        """The quant.Batch of t, on the CPU. A model with one bucket, or a float one, needs none.
 
-        A model with one bucket, or a float one, has no need of them.
+        Only columns by position have a convolution for each bucket, whose shape is in counts.
         """
         config = getattr(self.model, "quant_config", None)
         if config is None or len(config["edges"]) == 2:
-            return [], torch.zeros(1, dtype=torch.long)
+            return Batch([], torch.zeros(1, dtype=torch.long))
         batch = batch_of(t.cpu(), config["edges"])
-        return batch.present, batch.index
+        counts = batch.counts if config["columns"] == "position" else []
+        return Batch(batch.present, batch.index, counts)
 
 
 class Forward(nn.Module):
@@ -93,7 +94,7 @@ class Forward(nn.Module):
         return self.model.forward(*args)
 
 
-def record(model, present, index, tensors, pool):
+def record(model, batch, index, tensors, pool):
     """CUDA graphs of model(*tensors), for these buckets: a function of index and tensors."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     static = [tensor.clone() for tensor in (index, *tensors)]
@@ -103,7 +104,7 @@ def record(model, present, index, tensors, pool):
     # without autocast's cache: a weight that was cast before would not be cast in the recording
     with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
         graph = torch.cuda.make_graphed_callables(
-            with_known_buckets(model, present, list(trained)),
+            with_known_buckets(model, batch, list(trained)),
             (*static, *aliases),
             num_warmup_iters=1,
             allow_unused_input=True,  # the deltas of other buckets
@@ -116,7 +117,7 @@ def record(model, present, index, tensors, pool):
     return replay
 
 
-def with_known_buckets(model, present, names):
+def with_known_buckets(model, batch, names):
     """model(*tensors) for these buckets, as a function of (index, *tensors, *parameters).
 
     names: of the parameters, in this order.
@@ -126,7 +127,7 @@ def with_known_buckets(model, present, names):
     def call(index, *inputs):
         first = len(inputs) - len(names)
         parameters = {f"model.{name}": p for name, p in zip(names, inputs[first:])}
-        with set_batch(Batch(present, index)):
+        with set_batch(Batch(batch.present, index, batch.counts)):
             return functional_call(forward, parameters, inputs[:first])
 
     return call

@@ -407,7 +407,7 @@ def test_equal_buckets_are_as_good_as_one():
 
 
 def test_zero_deltas_are_the_base():
-    model = quantized(2)
+    model = quantized(2, columns="channel")
     x = torch.randn(2, 3, 8, 8)
     base = model.block[0].dequantize(torch.zeros(9), torch.zeros(6))
     assert torch.equal(base, model.block[0].dequantize())

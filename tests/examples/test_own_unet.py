@@ -53,7 +53,7 @@ def test_it_quantizes_trains_saves_and_loads(printed):
 
     files = folder / "out" / "own-unet"
     assert {file.name for file in files.iterdir()} == {"base.pt", "adapter.pt"}
-    assert (files / "base.pt").stat().st_size < 45_000
+    assert (files / "base.pt").stat().st_size < 65_000
     adapter = torch.load(files / "adapter.pt")
     assert adapter["others"].keys() == {"norm.weight", "norm.bias"}
 

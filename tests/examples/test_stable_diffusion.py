@@ -155,7 +155,8 @@ def test_base_is_the_quantized_model(world):
         unet = stable_diffusion.build(base, num_buckets)
         quantized = stable_diffusion.load_unet(world / "model")
         assert quantized.dtype == torch.float16
-        quantize(quantized, 4, num_buckets, calibration="minmax", timestep="timestep").float()
+        how = {"columns": "channel", "calibration": "minmax", "timestep": "timestep"}
+        quantize(quantized, 4, num_buckets, **how).float()
         assert unet.quant_config == quantized.quant_config
         same(unet.state_dict(), quantized.state_dict())
 
@@ -420,7 +421,7 @@ def test_a_quantized_unet_is_saved_as_the_docstring_says(world, tmp_path, monkey
     # ... or packed
     torch.save(adapter(unet), tmp_path / "adapter.pt")
     loaded = UNet2DConditionModel.from_config(unet.config)
-    quantize(loaded, 4, 2, timestep="timestep", calibration="minmax")
+    quantize(loaded, 4, 2, timestep="timestep", columns="channel", calibration="minmax")
     loaded.load_state_dict(torch.load(tmp_path / "base.pt"))
     load_adapter(loaded, torch.load(tmp_path / "adapter.pt"))
     load_adapter(unet, torch.load(tmp_path / "adapter.pt"))  # rounds the deltas

@@ -30,7 +30,7 @@ def quantized():
     model = UNet(channels=(16, 32), attention=(1,), c_emb=32, vocab=len(toy.VOCAB))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)  # at the start of training, some layers are zero
-    return quantize(model.eval(), 4)
+    return quantize(model.eval(), 4, columns="channel")
 
 
 def outputs(model, data):

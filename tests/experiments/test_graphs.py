@@ -57,7 +57,7 @@ def test_a_model_that_is_told_its_buckets_does_the_same(monkeypatch):
         batch = batch_of(t, model.quant_config["edges"])
         results = []
         names = list(deltas(model))
-        for net in (model, with_known_buckets(model, batch.present, names)):
+        for net in (model, with_known_buckets(model, batch, names)):
             model.zero_grad()
             with monkeypatch.context() as patch:
                 if net is not model:
