@@ -111,6 +111,8 @@ METHODS = {  # each takes a float UNet and makes it ready to train
     "TuneQDM, ours, N = 2": partial(ours, num_buckets=2),
     "TuneQDM, ours, N = 4": partial(ours, num_buckets=4),
     "TuneQDM, ours, N = 2, checkpointed": ours_checkpointed,
+    "by position, N = 1": partial(ours, columns="position", num_buckets=1),
+    "by position, N = 2": partial(ours, columns="position", num_buckets=2),
 }
 
 
