@@ -338,6 +338,22 @@ def test_the_same_pretraining_makes_the_same_base_which_can_be_tuned(tmp_path, n
     assert run(train, *QUICK, "--base", base, "--steps", 1, "--out", tmp_path / "c") == 0
 
 
+def test_pretraining_on_a_cpu_is_in_float32(tmp_path, monkeypatch):
+    """bfloat16 takes ten times as long on a processor without instructions for it."""
+    dtypes = []
+    squared_error = Diffusion.squared_error
+
+    def note(self, v, *args):
+        dtypes.append(v.dtype)
+        return squared_error(self, v, *args)
+
+    monkeypatch.setattr(Diffusion, "squared_error", note)
+    monkeypatch.setattr(pretrain, "score_base", lambda *_: None)
+    flags = ["--steps", 1, "--batch", 2, "--device", "cpu", "--out", tmp_path]
+    assert run(pretrain, *flags) == 0
+    assert dtypes == [torch.float32]
+
+
 def test_the_moving_average_follows_the_weights_closely_at_first():
     ema = torch.nn.Linear(1, 1, bias=False)
     model = torch.nn.Linear(1, 1, bias=False)
