@@ -58,7 +58,6 @@ is refused.
 
 import contextlib
 import copy
-import inspect
 import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -72,7 +71,7 @@ from calibrate import CALIBRATIONS
 from gptq import quantize_with_data, set_layers
 from support import checks
 from support.edges import add_edges
-from support.files import hash_of
+from support.files import gathered, hash_of
 
 try:
     from support import gpu_kernels as kernels  # on a GPU they do a layer's work in fewer launches
@@ -98,7 +97,7 @@ def bucket(t: Tensor, edges: list[float]) -> Tensor:
     T = edges[-1] itself belongs to the last bucket. Raises ValueError if a timestep lies outside of
     the edges or is NaN.
     """
-    t = torch.as_tensor(t)
+    t = t if torch.is_tensor(t) else torch.tensor(t, device="cpu")
     time = t.cpu().double()  # exact for every dtype of t; not every device has float64
     inside = (time >= edges[0]) & (time <= edges[-1])  # False for NaN
     if not inside.all():
@@ -107,7 +106,7 @@ def bucket(t: Tensor, edges: list[float]) -> Tensor:
             f"timesteps must lie in {edges[0]:g} .. {edges[-1]:g}, and one is {wrong:g}; "
             "correct it, or quantize with another T or other edges"
         )
-    inner = torch.tensor(edges[1:-1], dtype=torch.float64)
+    inner = torch.tensor(edges[1:-1], dtype=torch.float64, device="cpu")
     return torch.bucketize(time, inner, right=True).to(t.device)
 
 
@@ -209,7 +208,7 @@ def batch_of(t: Tensor, edges: list[float], model: nn.Module | None = None) -> B
 def enter_call(model, args, kwargs):
     """Before the model's forward: find the buckets in the batch."""
     name = model.quant_config["timestep"]
-    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    given = checks.signature_of(model).bind(*args, **kwargs).arguments
     if given.get(name) is None:
         raise ValueError(f"a model with several buckets needs timesteps; give it '{name}'")
     current.batch = batch_of(given[name], model.quant_config["edges"], model)
@@ -292,7 +291,7 @@ class ChannelMatmul(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):                                           # (N, O, H', W')
-        x, y, d_out, d_in, bias = ctx.saved_tensors
+        x, y, d_out, d_in, bias = checks.saved_tensors(ctx)
         layer = ctx.layer
         index = ctx.index
         train_x, train_out, train_in, train_bias, _, _ = ctx.needs_input_grad
@@ -345,7 +344,7 @@ class PositionMatmul(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):                                           # (N, O, H', W')
-        x, d_out, d_in = ctx.saved_tensors
+        x, d_out, d_in = checks.saved_tensors(ctx)
         layer = ctx.layer
         train_x, _, _, train_bias, _, _ = ctx.needs_input_grad
         gx = []
@@ -737,12 +736,13 @@ def quantize(
     # All layers are made before the model is changed: an error leaves it as it was.
     if calibration == "gptq":
         # gptq tries each layer in the model; deltas are zero, so any bucket will do
-        with set_batch(Batch([0], torch.zeros(0, dtype=torch.long))):
+        with set_batch(Batch([0], None)):
             quantized = quantize_with_data(model, layers, build, data)
     else:
         quantized = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
-    # only deltas train, also those of a quantized model inside that keep_float spares
+    model.quant_frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    # from now on only deltas train, also those of a quantized model inside that keep_float spares
     set_layers(model, layers, quantized)
     model.requires_grad_(False)
     for delta in deltas(model).values():
@@ -779,7 +779,11 @@ def quantize(
 
 
 def deltas(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The deltas by name: d_out_b and d_in_b of each layer and bucket b."""
+    """The deltas by name: d_out_b and d_in_b of each layer and bucket b.
+
+    A moving average of a model (EMA) should average these alone. In an average of its buffers or
+    its state_dict, packed codes would be averaged as numbers, and rounded.
+    """
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -823,8 +827,8 @@ def adapter(model: nn.Module) -> dict:
     model = checks.unwrapped(model)
     mine = deltas(model)
     others, base = others_and_base(model)
-    values = torch.cat([delta.detach() for delta in mine.values()]).half().cpu()
-    others = {name: tensor.detach().cpu().clone() for name, tensor in others.items()}
+    values = torch.cat([gathered(delta) for delta in mine.values()]).half().cpu()
+    others = {name: gathered(tensor).cpu().clone() for name, tensor in others.items()}
     checks.check_trained(model, {"a delta": values, **others})
     return {
         "quant_config": dict(model.quant_config),
@@ -860,8 +864,9 @@ def load_adapter(model: nn.Module, saved: dict) -> None:
 def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
     """A copy of model with plain float layers, whose weights are those of one bucket.
 
-    All of the copy can be trained. Raises IndexError if there is no such bucket, and ValueError if
-    hooks of a layer or the buckets of another quantized model inside would be lost.
+    What required a gradient before quantize requires one in the copy. Raises IndexError if there is
+    no such bucket, and ValueError if hooks of a layer or the buckets of another quantized model
+    inside would be lost.
     """
     model = checks.unwrapped(model)
     checks.check_merge(model, bucket_index)
@@ -873,10 +878,12 @@ def merge(model: nn.Module, bucket_index: int = 0) -> nn.Module:
                 plain_of[layer] = plain_layer(layer, bucket_index)
             model.set_submodule(name, plain_of[layer])
 
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in model.quant_frozen)
     for hook in model.quant_hooks:
         hook.remove()
-    del model.quant_config, model.quant_hooks
-    return model.requires_grad_(True)
+    del model.quant_config, model.quant_hooks, model.quant_frozen
+    return model
 
 
 def plain_layer(layer: QuantLayer, b: int) -> nn.Module:

@@ -53,8 +53,7 @@ def check_arguments(model, n_bits, edges, scales, columns, calibration, timestep
 
 def check_timestep(model, timestep):
     """model.forward has an argument of this name."""
-    arguments = inspect.signature(model.forward).parameters.values()
-    named = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    named = names_of(signature_of(model))
     if not named:
         raise ValueError(
             "model.forward names no arguments, so the timesteps can't be told apart; "
@@ -62,6 +61,23 @@ def check_timestep(model, timestep):
         )
     if timestep not in named:
         raise ValueError(f"timestep must be {' or '.join(named)}, not {timestep}")
+
+
+def signature_of(model) -> inspect.Signature:
+    """The signature of model.forward, or of its class's.
+
+    Add-ons that cache or compile replace a model's forward by one of *args, **kwargs.
+    """
+    own = inspect.signature(model.forward)
+    if names_of(own):
+        return own
+    return inspect.signature(type(model).forward.__get__(model))
+
+
+def names_of(signature) -> list[str]:
+    """The names of all arguments but *args and **kwargs."""
+    arguments = signature.parameters.values()
+    return [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,6 +194,24 @@ def pixels(conv: nn.Module) -> tuple[int, ...]:
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size))
     return (0, 0) if conv.padding == "valid" else conv.padding
+
+
+# --------------------------------------------------------------------------------------------------
+# backward
+# --------------------------------------------------------------------------------------------------
+
+
+def saved_tensors(ctx):
+    """What a layer has kept for backward. Says what to do if it was changed in place."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"what {ctx.layer} keeps for backward, its input or output, was changed in place; "
+            "write h = h + skip instead of h += skip"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------

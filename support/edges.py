@@ -20,7 +20,8 @@ def add_edges(model: nn.Module) -> list:
 
 def save_edges(model, state, prefix, metadata):
     """After state_dict: add the edges, in float64 whatever the model's dtype."""
-    state[prefix + "quant_edges"] = torch.tensor(model.quant_config["edges"], dtype=torch.float64)
+    edges = torch.tensor(model.quant_config["edges"], dtype=torch.float64, device="cpu")
+    state[prefix + "quant_edges"] = edges
 
 
 def load_edges(model, state, prefix, metadata, strict, missing, unexpected, errors):

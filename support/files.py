@@ -23,11 +23,17 @@ def hash_of(obj) -> str:
     for name, value in leaves(obj):
         if torch.is_tensor(value):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            as_bytes = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            as_bytes = gathered(value).cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(as_bytes.numpy())
         else:
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()
+
+
+def gathered(tensor):
+    """The tensor without its gradient, and whole: fully_shard leaves each process a part of it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def leaves(obj, name=""):

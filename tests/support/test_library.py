@@ -32,6 +32,7 @@ from quant import (
     checkpoint_contexts,
     current,
     deltas,
+    load_adapter,
     merge,
     quantize,
 )
@@ -637,3 +638,103 @@ def test_a_quantized_model_inside_another_trains_on_and_may_be_merged():
     y = outer(x, torch.tensor([999, 999]))
     outer.inner = merge(outer.inner, 1)
     torch.testing.assert_close(merge(outer, 3)(x), y)
+
+
+# --------------------------------------------------------------------------------------------------
+# What libraries and users do around a model
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_default_device_does_not_reach_the_buckets():
+    """Tensors that are made without a device would be on it. "meta" stands for a GPU here."""
+    model = spread(quantized(3))
+    x = torch.randn(3, 3, 8, 8)
+    t = torch.tensor([1, 400, 900])
+    before = model(x, t)
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(model(x, t), before)
+        assert model.state_dict()["quant_edges"].device.type == "cpu"
+        saved = adapter(model)
+        load_adapter(model, saved)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_a_forward_that_an_add_on_has_replaced_is_known_by_its_class():
+    model = spread(quantized(2))
+    x = torch.randn(2, 3, 8, 8)
+    before = [model(x, t) for t in (1, 900)]
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    for t, y in zip((1, 900), before):
+        assert torch.equal(model(x, t), y)
+        assert torch.equal(model(x, time=t), y)
+
+    again = Net()
+    original = again.forward
+    again.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    quantize(again, num_buckets=2, timestep="time")
+    with pytest.raises(ValueError, match="give it 'time'"):
+        again(x, None)
+
+
+class Skips(nn.Module):
+    """Adds a skip in place, as many UNets do."""
+
+    def __init__(self, kernel_size):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x):
+        h = self.layer(x)
+        h += x
+        return h
+
+
+def test_a_sum_in_place_after_a_layer_that_keeps_its_output_says_what_to_write():
+    model = quantize(Skips(1), keep8=())
+    y = model(torch.randn(2, 4, 6, 6))
+    with pytest.raises(RuntimeError, match=r"QuantConv2d\(4x4x1x1.*write h = h \+ skip"):
+        y.sum().backward()
+
+
+def test_a_sum_in_place_after_columns_by_position_does_no_harm():
+    """Such a layer doesn't keep its output."""
+    model = quantize(Skips(3), keep8=())
+    x = torch.randn(2, 4, 6, 6)
+    model(x).square().sum().backward()
+    in_place = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    (model.layer(x) + x).square().sum().backward()
+    for grad, p in zip(in_place, (p for p in model.parameters() if p.requires_grad)):
+        assert torch.equal(grad, p.grad)
+
+
+def test_a_merged_copy_requires_the_gradients_that_the_float_model_did():
+    net = Net()
+    net.norm.weight.requires_grad_(False)  # as a position embedding of a DiT
+    net.register_parameter("count", nn.Parameter(torch.tensor(3), requires_grad=False))
+    before = {name: p.requires_grad for name, p in net.named_parameters()}
+    quantize(net, timestep="time")
+    plain = merge(net)
+    assert {name: p.requires_grad for name, p in plain.named_parameters()} == before
+
+
+def test_an_adapter_of_a_sharded_model_is_that_of_the_whole(tmp_path):
+    """fully_shard, in one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = spread(quantized(2))
+    expected = adapter(model)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        saved = adapter(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(saved["deltas"], expected["deltas"])
+    assert saved["fingerprint"] == expected["fingerprint"]
