@@ -22,13 +22,16 @@ LR_SCALES = 0.003  # learning rates, by what is trained
 LR_LORA = 0.01
 LR_FLOAT = 0.0003
 ONE_SET = "TuneQDM, N = 1"
-METHODS = {  # the scales that are trained, and the number of their sets; LoRA has none
-    "PEQA": ("out", 1),
-    "PEQA + TAS, N = 2": ("out", 2),
-    ONE_SET: ("out+in", 1),
-    "TuneQDM, N = 2": ("out+in", 2),
-    "TuneQDM, N = 4": ("out+in", 4),
-    "TuneQDM, N = 8": ("out+in", 8),
+METHODS = {  # the scales that are trained, the number of their sets, the columns; LoRA has none
+    "PEQA": ("out", 1, "channel"),
+    "PEQA + TAS, N = 2": ("out", 2, "channel"),
+    ONE_SET: ("out+in", 1, "channel"),
+    "TuneQDM, N = 2": ("out+in", 2, "channel"),
+    "TuneQDM, N = 4": ("out+in", 4, "channel"),
+    "TuneQDM, N = 8": ("out+in", 8, "channel"),
+    "by position, N = 1": ("out+in", 1, "position"),
+    "by position, N = 2": ("out+in", 2, "position"),
+    "by position, N = 4": ("out+in", 4, "position"),
     "LoRA r = 2, packed base": None,
 }
 
@@ -113,14 +116,14 @@ def prepare(setting: Recovery, seed: int):
     if METHODS[setting.method] is None:
         torch.manual_seed(seed)  # LoRA's first matrices are random
         return lora_packed(model, 2, setting.bits, setting.calibration, data), LR_LORA
-    scales, num_buckets = METHODS[setting.method]
+    scales, num_buckets, columns = METHODS[setting.method]
     quantize(
         model,
         setting.bits,
         num_buckets,
         DIFFUSION.T,
         scales,
-        "channel",
+        columns,
         setting.calibration,
         data=data,
     )

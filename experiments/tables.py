@@ -374,28 +374,30 @@ def show_scale_sets(args, settings):
         difference = ""
         if both and setting.method != ONE_SET:
             difference = mean_sd([runs[s]["after"] - one_set[s]["after"] for s in both], 5)
-        cells = [setting.start, str(setting.steps), setting.method, mean_sd(after, 5), difference]
-        rows.append([*cells, str(len(runs))])
-    columns = ["start", "steps", "method", "tuned", f"minus {ONE_SET}", "runs"]
+        cells = [setting.start, str(setting.steps), setting.method, untuned_loss(runs.values())]
+        rows.append([*cells, mean_sd(after, 5), difference, str(len(runs))])
+    columns = ["start", "steps", "method", "untuned", "tuned", f"minus {ONE_SET}", "runs"]
     show(args, "scale sets", columns, rows)
 
 
 def show_scale_sets_in_short(args, settings):
     """A table of the loss after STEPS steps: a row for each method, a column for each start."""
-    untuned = {}  # the loss of each start
-    tuned = {}  # the loss of each method, by start
+    starts = []
+    losses = {}  # the loss of each method, and of each kind of columns untuned, by start
     for setting in settings:
         runs = list(recoveries_of(args, setting).values())
         if setting.steps == STEPS and runs:
-            of_method = tuned.setdefault(setting.method, {})
+            if setting.start not in starts:
+                starts.append(setting.start)
+            by_position = setting.method.startswith("by position")
+            kind = "untuned, by position" if by_position else "untuned"
+            losses.setdefault(kind, {}).setdefault(setting.start, untuned_loss(runs))
+            of_method = losses.setdefault(setting.method, {})
             of_method[setting.start] = mean_sd([run["after"] for run in runs], 5)
-            untuned.setdefault(setting.start, untuned_loss(runs))  # the same for all methods
     rows = []
-    if tuned:
-        tuned = {"untuned": untuned, **tuned}
-    for method, losses in tuned.items():
-        rows.append([method, *[losses.get(start, "") for start in untuned]])
-    show(args, "scale sets, in short", ["method", *untuned], rows)
+    for method, by_start in losses.items():
+        rows.append([method, *[by_start.get(start, "") for start in starts]])
+    show(args, "scale sets, in short", ["method", *starts], rows)
 
 
 TABLES = {
