@@ -72,6 +72,7 @@ from gptq import quantize_with_data, set_layers
 from support import checks
 from support.edges import add_edges
 from support.files import gathered, hash_of
+from support.precision import KeepsPrecision
 
 try:
     from support import gpu_kernels as kernels  # on a GPU they do a layer's work in fewer launches
@@ -370,7 +371,7 @@ def in_order(parts: list[Tensor], samples: list[Tensor]) -> Tensor:
     return torch.cat(parts)[torch.cat(samples).argsort()]
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(KeepsPrecision):
     """A Conv2d or Linear whose weight is packed codes and scales; only the deltas are trained.
 
     codes: packed, uint8, in the order (G, O, K, I): groups, rows of a group, positions of the
@@ -567,26 +568,6 @@ class QuantLayer(nn.Module):
         shape[0] = len(v)
         shape[self.channel_dim] = -1
         return v.view(shape)
-
-    def _apply(self, fn, recurse=True):
-        """What model.half(), model.to("cuda") and the like call, with an fn for every tensor.
-
-        Only the bias takes half precision. Codes stay integers, a small scale would become 0 in
-        float16, and a delta would lose the steps of the optimizer to rounding.
-        """
-
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            is_precise = tensor.is_floating_point() and moved.dtype.itemsize >= 4
-            if moved.dtype == tensor.dtype or is_precise:
-                return moved
-            return tensor.to(moved.device)
-
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(keep_precision, recurse)
-        if self.bias is not None:
-            self.bias.data = self.bias.data.to(self.dtype)
-        return self
 
     def extra_repr(self):
         shape = "x".join(str(size) for size in self.shape)
