@@ -6,6 +6,7 @@ Each finished run is a line of the log, a JSON object. Some of its fields are it
     {"recovery": ..., "seed": ..., ...}               tuned on the pretraining set (recovery.py)
     {"data": ..., "seed": ..., ...}                   gptq on data of some timesteps (recovery.py)
     {"activations": ..., "seed": ..., ...}            activations rounded, too (activations.py)
+    {"untuned": ..., ...}                             quantized only (tables.py)
 """
 
 import json

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import activations
 from data import toy
 from pretrain import score_base
+from quant import quantize
 from recovery import (
     ONE_SET,
     STEPS,
@@ -48,7 +49,9 @@ from runs import (
     SCORES,
     SEVERAL,
     SHOWN,
+    WIDTHS,
     tune,
+    validation_loss,
 )
 from sample import BASE, load_model
 from support.flags import Parser, guard, number
@@ -271,9 +274,26 @@ def show_activations(args, names):
 
 
 def columns(args):
-    """A table of settings for columns by position, on the tuning subjects."""
+    """Columns by position: the loss before tuning, then settings, on the tuning subjects."""
+    for bits in sorted(WIDTHS, reverse=True):
+        for kind in ("channel", "position"):
+            key = {"untuned": f"{bits} bits, {kind}"}
+            if is_due(args, key["untuned"], key):
+                model = quantize(load_model(BASE), bits, columns=kind)
+                append(args.log, key, {"loss": validation_loss(model)})
+    show_untuned(args)
     pairs = [(row, "position") for row in POSITION_SETTINGS if row != "position"]
     fill(args, "columns", POSITION_SETTINGS, toy.TUNING, pairs)
+
+
+def show_untuned(args):
+    """A table of the validation loss of the quantized base, for each width and kind of columns."""
+    rows = []
+    for bits in sorted(WIDTHS, reverse=True):
+        runs = [lines(args.log, untuned=f"{bits} bits, {kind}") for kind in ("channel", "position")]
+        if all(runs):
+            rows.append([str(bits), *[f"{run[-1]['loss']:.5f}" for run in runs]])
+    show(args, "columns, untuned", ["bits", "channel", "position"], rows)
 
 
 def tuning(args):
