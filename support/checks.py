@@ -9,9 +9,11 @@ import inspect
 import reprlib
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from itertools import zip_longest
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 
 from calibrate import CALIBRATIONS
 from support.files import hash_of
@@ -145,11 +147,18 @@ def reason_to_refuse(model: nn.Module, name: str, layer: nn.Module) -> str | Non
     if isinstance(layer, nn.MultiheadAttention) or is_quantized(layer) or name == "":
         return f"is a {kind}: give float Conv2d and Linear layers inside a module"
 
+    if is_lora(name):
+        return "belongs to a LoRA: merge it into its layer and unload it"
+
     weight = layer.weight
-    if weight.is_meta or weight.numel() == 0:
+    if is_lazy(weight) or weight.is_meta or weight.numel() == 0:
         return "has no weights: give a model with values"
-    if not weight.is_floating_point() or not weight.isfinite().all():
-        return "has weights that aren't all finite floats: repair them"
+    for key in ("weight", "bias"):
+        reason = reason_to_refuse_values(getattr(layer, key))
+        if reason:
+            return f"has a {key} {reason}"
+    if not weight.isfinite().all():
+        return "has weights that aren't all finite: repair them"
     owners = [module for module in model.modules() if module._parameters.get("weight") is weight]
     if len(owners) > 1:
         return "shares its weight with another: give each its own"
@@ -176,6 +185,29 @@ def reason_to_refuse(model: nn.Module, name: str, layer: nn.Module) -> str | Non
         odd = [d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size)]
         if layer.padding == "same" and any(odd):
             return "pads unevenly, one pixel more on one side: pad before the layer"
+    return None
+
+
+def is_lora(name: str) -> bool:
+    """True for the two factors of a LoRA, in the names of peft and of others."""
+    parts = name.lower().split(".")
+    return any(part in ("lora_a", "lora_b", "lora_down", "lora_up") for part in parts)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def reason_to_refuse_values(values: torch.Tensor | None) -> str | None:
+    """Why a layer's weight or bias can't be computed with, and what to do about it."""
+    if values is None:
+        return None
+    kind = type(values)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # it holds other tensors
+        return f"of type {kind.__name__}: make it plain by full_tensor() or dequantize()"
+    if values.layout != torch.strided:
+        return f"of layout {values.layout}: make it dense by to_dense()"
+    if values.dtype not in FLOATS:
+        return f"of dtype {values.dtype}: cast or dequantize it to bfloat16 or float32"
     return None
 
 
@@ -219,17 +251,26 @@ def saved_tensors(ctx):
 # --------------------------------------------------------------------------------------------------
 
 
+MOST_BATCHES = 256  # a hundred images suffice, even one by one
+
+
 def as_batches(data) -> list:
-    """data as a list of batches, each of which a model takes."""
-    batches = [] if data is None else list(data)
-    if not batches:
-        raise ValueError("gptq needs data: batches that the model is called with")
-    for batch in batches:
+    """data as a list of batches, each of which a model takes. They must come to an end."""
+    batches = []
+    for batch in () if data is None else data:
         if not isinstance(batch, (tuple, list, Mapping)):
             raise ValueError(
                 "each batch of data must be a tuple of positional arguments of the model, "
                 f"or a dict of keyword arguments; one is a {type(batch).__name__}"
             )
+        if len(batches) == MOST_BATCHES:
+            raise ValueError(
+                f"data doesn't end after {MOST_BATCHES} batches; a hundred images suffice, so give "
+                "larger batches or fewer, such as itertools.islice(data, 10)"
+            )
+        batches.append(batch)
+    if not batches:
+        raise ValueError("gptq needs data: batches that the model is called with")
     return batches
 
 
@@ -243,12 +284,31 @@ def check_called(layers, calls):
             )
 
 
+NOT_THE_SAME = "layer '{}' isn't called in the same way each time; name it in keep_float"
+
+
+def check_repeated(layers, calls, again):
+    """Called on a batch again, the model calls the same layers with the same inputs.
+
+    calls, again: pairs of a layer and a part of its input. They may differ by a hundredth: some
+    sums on a GPU round differently each time.
+    """
+    for (layer, x), (layer_again, x_again) in zip_longest(calls, again, fillvalue=(None, None)):
+        name = layers[layer or layer_again][0]
+        if layer is not layer_again or x.shape != x_again.shape:
+            raise ValueError(NOT_THE_SAME.format(name))
+        if (x - x_again).norm() > 0.01 * x.norm():
+            raise ValueError(
+                f"layer '{name}' sees other inputs when the model is called on the same batch "
+                "again; let the model draw random numbers from PyTorch's global generator, "
+                "or give them in data"
+            )
+
+
 def check_inputs(name, x, x_float):
     """A layer gets as many inputs, of the same shapes, in the quantized and the float network."""
     if not x or [a.shape for a in x] != [a.shape for a in x_float]:
-        raise ValueError(
-            f"layer '{name}' isn't called in the same way each time; name it in keep_float"
-        )
+        raise ValueError(NOT_THE_SAME.format(name))
 
 
 def check_moments(name, moments):
@@ -336,7 +396,9 @@ def check_adapter(saved, config: dict, count: int, tensors: dict):
 
 def is_finite_tensor(value, shape) -> bool:
     """True if value, read from a file, is a plain tensor of finite real numbers of this shape."""
-    if not torch.is_tensor(value) or value.layout != torch.strided or value.is_complex():
+    if not torch.is_tensor(value) or value.layout != torch.strided:
+        return False
+    if value.dtype not in (*FLOATS, torch.int64):  # of others, float8 among them, it can't be told
         return False
     return value.shape == torch.Size(shape) and bool(value.isfinite().all())
 

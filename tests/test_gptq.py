@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from calibrate import nearest_codes, rowcol
-from gptq import DAMPING, Moments, compensate, gptq, match_outputs, moments_of
+from gptq import DAMPING, Moments, compensate, gptq, match_outputs, moments_of, some_of
 from quant import deltas, quantize
 from sample import BASE, load_model
 from train import calibration_data
@@ -414,6 +414,42 @@ def test_batches_draw_different_random_numbers(monkeypatch):
     quantize(Random(), calibration="gptq", data=[DATA[0], DATA[0]])
     of_last = given[1]
     assert not torch.equal(of_last[0], of_last[1])
+
+
+class NearlySame(Net):
+    """Rounds differently at each call, as some sums on a GPU do."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x, t=None):
+        self.calls += 1
+        return self.last(self.first(x) * (1 + 1e-3 * (self.calls % 2)))
+
+
+def test_rounding_that_differs_at_each_call_is_no_obstacle():
+    model = quantize(NearlySame(), 8, data=DATA)
+    y = model(*DATA[0])
+    assert y.isfinite().all()
+
+
+def test_what_is_compared_of_an_input_is_spread_over_all_of_it():
+    x = torch.arange(100_000.0)
+    values = some_of(x.view(10, 100, 100))
+    assert torch.equal(values, some_of(x.view(10, 100, 100)))
+    assert values.histc(10, 0, 100_000).min() > 300  # of 4,096 values, in each tenth
+    assert some_of(x[:7].to(torch.bfloat16)).shape == (7,)
+    assert some_of(x[:0]).shape == (0,)
+
+
+def test_all_layers_are_compared_by_two_calls_of_the_model_for_each_batch():
+    calls = []
+    model = Net()
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    quantize(model, data=DATA)
+    of_two_layers = 2 * 2 * len(DATA)  # in the float and in the quantized network
+    assert len(calls) == 2 * len(DATA) + of_two_layers
 
 
 class ByKeyword(Net):

@@ -1,8 +1,12 @@
 """What quantize, load_adapter and merge refuse: by name, in a sentence, and before any change."""
 
 import copy
+import itertools
+import random
+from collections import OrderedDict
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -11,7 +15,8 @@ from conftest import spread
 from test_quant import Net, OneLayer, quantized
 
 import quant
-from quant import QuantLayer, adapter, load_adapter, merge, quantize
+from quant import QuantLayer, adapter, deltas, load_adapter, merge, quantize
+from support.checks import MOST_BATCHES, as_batches
 
 
 def state_of(model):
@@ -168,6 +173,136 @@ def broken():
     return layer
 
 
+class Wrapped(torch.Tensor):
+    """A tensor around another, as a DTensor is. It can be copied, and no more."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function not in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            raise NotImplementedError(function)
+        return cls(function(args[0].inner, *args[1:], **(kwargs or {})))
+
+
+def with_values(key, change):
+    """A layer whose weight or bias is changed to other values, or other kinds of them."""
+    layer = nn.Linear(3, 3)
+    values = nn.Parameter(change(getattr(layer, key).detach()), requires_grad=False)
+    setattr(layer, key, values)
+    return layer
+
+
+KINDS = {  # of a weight or a bias, and a part of the error
+    "float8": (lambda values: values.to(torch.float8_e4m3fn), "torch.float8_e4m3fn: cast .* to bf"),
+    "float8 e5m2": (
+        lambda values: values.to(torch.float8_e5m2),
+        "torch.float8_e5m2: cast .* to bf",
+    ),
+    "integers": (lambda values: values.to(torch.int8), "torch.int8: cast or dequantize"),
+    "complex": (lambda values: values.to(torch.complex64), "torch.complex64: cast"),
+    "sparse": (lambda values: values.to_sparse(), "torch.sparse_coo: .*to_dense"),
+    "subclass": (Wrapped, "type Wrapped: make it plain by full_tensor.* or dequantize"),
+}
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+@pytest.mark.parametrize("name", KINDS)
+def test_values_that_cannot_be_read_are_refused_by_the_layers_name(key, name):
+    change, sentence = KINDS[name]
+    odd = with_values(key, change)
+    model = nn.ModuleDict({"first": nn.Linear(3, 3), "odd": odd})
+    parameters = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=f"layer 'odd' has a {key} of .*{sentence}.*keep_float"):
+        quantize(model)
+    assert model["odd"] is odd and type(model["first"]) is nn.Linear
+    assert all(parameters[name] is p for name, p in model.named_parameters())
+    quantize(model, keep_float="odd")
+    assert isinstance(model["first"], QuantLayer)
+
+
+def test_a_layer_that_is_sharded_is_refused_by_its_name(tmp_path):
+    """fully_shard, in one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = TwoLayers()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match="layer 'first' has a weight of type DTensor"):
+            quantize(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_layer_without_a_shape_yet_is_refused_by_its_name():
+    model = nn.ModuleDict({"first": nn.Linear(3, 3), "lazy": nn.LazyLinear(3)})
+    with pytest.raises(ValueError, match="layer 'lazy' has no weights.*keep_float"):
+        quantize(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float8_e4m3fn])
+def test_other_parameters_may_be_of_any_dtype(dtype):
+    """They are neither quantized nor trained, and go with the model."""
+
+    def make():
+        model = Net()
+        other = nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+        model.register_parameter("other", other)
+        return quantize(model, timestep="time")
+
+    torch.manual_seed(0)
+    tuned = spread(make())
+    torch.manual_seed(0)
+    model = make()
+    load_adapter(model, adapter(tuned))
+    torch.testing.assert_close(deltas(model), deltas(tuned), rtol=1e-3, atol=1e-3)  # as float16
+    assert merge(model).other.dtype == dtype
+
+
+class LoRA(nn.Module):
+    """A layer and the two factors of its LoRA, which have names of their own, as in peft."""
+
+    def __init__(self, layer, a, b):
+        super().__init__()
+        down = nn.Conv2d(4, 2, 3, padding=1, bias=False)
+        up = nn.Conv2d(2, 4, 1, bias=False)
+        self.base_layer = layer
+        self.factors = (a, b)
+        self.add_module(a, nn.Sequential(OrderedDict(default=down)))
+        self.add_module(b, nn.Sequential(OrderedDict(default=up)))
+
+    def forward(self, x):
+        a, b = (self.get_submodule(name) for name in self.factors)
+        return self.base_layer(x) + b(a(x))
+
+
+@pytest.mark.parametrize(
+    "a, b", [("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up")]
+)
+def test_a_lora_is_refused_by_its_name_and_may_stay_float(a, b):
+    convs = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]
+    model = nn.Sequential(convs[0], convs[1], LoRA(convs[2], a, b))
+    for factor, keep_float in ((a, []), (b, [f"*.{a}"])):
+        before = state_of(model)
+        with pytest.raises(ValueError, match=f"'2.{factor}.default' .* merge it .*keep_float"):
+            quantize(model, keep_float=keep_float)
+        assert_untouched(model, before)
+
+    x = torch.randn(2, 4, 5, 5)
+    quantize(model, keep_float=[f"*.{a}", f"*.{b}"], data=[(x,)])
+    bits = {name: m.n_bits for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    assert bits == {"0": 8, "1": 4, "2.base_layer": 8}
+    assert model(x).isfinite().all()
+
+
 LAYERS = {
     "subclass": (lambda: Standardized(3, 3), "Standardized with a forward of its own"),
     "conv subclass": (lambda: OwnConv(3, 3, 1), "OwnConv with a _conv_forward of its own"),
@@ -273,9 +408,55 @@ class Routed(TwoLayers):
         return self.last(x[x[:, 0] > x[:, 0].round(decimals=1)])
 
 
+class OwnRandom(TwoLayers):
+    """Draws noise by a generator of its own, in a share of its calls."""
+
+    def __init__(self, draw, share=1):
+        super().__init__()
+        self.draw = draw
+        self.share = share
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.first(x)
+        if self.calls % self.share == 0:
+            x = x + self.draw(x.shape)
+        return self.last(x)
+
+
+def by_torch():
+    generator = torch.Generator().manual_seed(0)
+    return OwnRandom(lambda shape: torch.randn(shape, generator=generator))
+
+
+def by_numpy():
+    generator = np.random.default_rng(0)
+    return OwnRandom(lambda shape: torch.tensor(generator.normal(size=shape)).float())
+
+
+def by_numpys_global():
+    return OwnRandom(lambda shape: torch.tensor(np.random.normal(size=shape)).float())
+
+
+def by_python(share=1):
+    def draw(shape):
+        return torch.tensor([random.gauss(0, 1) for _ in range(shape[-1])])
+
+    return OwnRandom(draw, share)
+
+
+def by_python_in_the_fourth_call():
+    """That is the second one for the second batch."""
+    return by_python(share=4)
+
+
 X = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
 DATA = [(X,), (2 * X,)]
 NOT_TUPLES = "each batch of data must be a tuple.*one is a"
+
+
+OTHER_INPUTS = "layer 'last' sees other inputs .* same batch again; .*PyTorch's global generator"
 
 
 @pytest.mark.parametrize(
@@ -289,6 +470,11 @@ NOT_TUPLES = "each batch of data must be a tuple.*one is a"
         (TwoLayers, [(X[:, :3],)], "shapes cannot be multiplied"),  # the model's own error
         (TwoLayers, [(X * NAN,)], "layer 'first' .*finite"),
         (TwoLayers, [(X * 3e18 + 3e18,)], "layer 'first' .*too large"),
+        (by_torch, DATA, OTHER_INPUTS),
+        (by_numpy, DATA, OTHER_INPUTS),
+        (by_numpys_global, DATA, OTHER_INPUTS),
+        (by_python, DATA, OTHER_INPUTS),
+        (by_python_in_the_fourth_call, DATA, OTHER_INPUTS),
         (Unused, DATA, "doesn't reach layer 'unused'.*keep_float"),
         (Cached, DATA, "layer 'first' isn't called in the same way each time.*keep_float"),
         (Routed, DATA, "layer 'last' isn't called in the same way each time.*keep_float"),
@@ -300,6 +486,31 @@ def test_data_that_do_not_fit_are_refused(make, data, sentence):
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         quantize(model, calibration="gptq", data=data)
     assert_untouched(model, before)
+
+
+def test_data_without_an_end_are_refused():
+    read = []
+
+    def endless(batch):
+        for number in itertools.count(1):
+            read.append(number)
+            yield batch
+
+    model = TwoLayers()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"doesn't end after {MOST_BATCHES} batches.*fewer"):
+        quantize(model, data=endless((X,)))
+    assert len(read) == MOST_BATCHES + 1
+    with pytest.raises(ValueError, match=f"{NOT_TUPLES} Tensor"):
+        quantize(model, data=endless(X))
+    assert len(read) == MOST_BATCHES + 2  # the first says it
+    assert_untouched(model, before)
+    quantize(model, data=itertools.islice(endless((X,)), 10))  # as the error advises
+
+
+def test_as_many_batches_as_the_error_says_are_taken():
+    batches = [(X,)] * MOST_BATCHES
+    assert as_batches(iter(batches)) == batches
 
 
 def test_inputs_that_cannot_be_solved_for_are_refused_by_the_layers_name(monkeypatch):
@@ -416,6 +627,7 @@ DAMAGED_DELTAS = {
     "short": lambda values: values[1:],
     "nan": lambda values: values * NAN,
     "complex": lambda values: values.to(torch.complex64),
+    "float8": lambda values: values.to(torch.float8_e4m3fn),
     "sparse": lambda values: values.to_sparse(),
     "expanded": lambda values: values[:1].expand(10**9),
     "text": lambda values: "all of them",
