@@ -688,8 +688,10 @@ def quantize(
     edges: the edges of the buckets, if they aren't equal intervals; num_buckets and T are then
         ignored.
     data: for gptq (the others ignore them), batches that model is called with: tuples of positional
-        arguments, or dicts of keyword arguments. They should show noisy images at all timesteps; a
-        hundred images suffice. The model must call the same layers in the same order each time.
+        arguments, or dicts of keyword arguments, at most 256 of them. They should show noisy images
+        at all timesteps; a hundred images suffice, and memory holds what one layer sees on them.
+        Called on a batch again, the model must call the same layers with the same inputs, so its
+        random numbers come from PyTorch's global generator, or with data.
 
     Raises ValueError before anything is changed, for what support/checks.py refuses.
     """
