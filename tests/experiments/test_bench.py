@@ -27,11 +27,13 @@ def test_each_method_starts_as_the_base_it_stands_on_and_trains(small, method):
     model = bench.build(method, small, "cpu")
     base = bench.build("full fine-tuning", small, "cpu")
     if "packed" in method:
-        quantize(base, 4, scales="out", calibration="minmax")
+        quantize(base, 4, scales="out", columns="channel", calibration="minmax")
     elif "plain" in method:
-        quantize(base, 4, calibration="minmax", keep8=())
+        quantize(base, 4, columns="channel", calibration="minmax", keep8=())
     elif "ours" in method:
-        quantize(base, 4, calibration="minmax")
+        quantize(base, 4, columns="channel", calibration="minmax")
+    elif "position" in method:
+        quantize(base, 4, columns="position", calibration="minmax")
     start = predict(model, small)
     torch.testing.assert_close(start, predict(base, small), rtol=1e-4, atol=1e-5)
 

@@ -77,6 +77,7 @@ def test_the_figure_of_bytes_has_a_line_for_each_method_that_trains():
         "TuneQDM, N = 1",
         "TuneQDM, N = 2",
         "TuneQDM, N = 4",
+        "by position, N = 1",
         "LoRA r = 2, packed base",
     ]
 

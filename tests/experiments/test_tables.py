@@ -221,6 +221,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
                 "scale sets",
                 "activations",
                 "tuning",
+                "columns, untuned",
+                "columns",
             ],
         ),
     ],
