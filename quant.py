@@ -180,7 +180,7 @@ class Batch(NamedTuple):
 
     present: list[int]  # the B buckets in the batch, in increasing order
     index: Tensor | None  # each sample's place in present: (N,), or (1,) if one timestep is for all
-    counts: list[int] = ()  # the samples of each of present
+    counts: list[int] = ()  # how many samples each of them has
     model: nn.Module | None = None  # whose call it is
     outer: "Batch | None" = None  # what was current before: one quantized model may call another
 
