@@ -620,10 +620,13 @@ class QuantConv2d(QuantLayer):
 
     def grads(self, g, x, w, train_x):
         """dL/dx, None if it isn't needed, and dL/dw (G * O, I, *kernel)."""
+        if x.dim() == 3:  # a single image without a batch dimension
+            gx, gw = self.grads(g[None], x[None], w, train_x)
+            return gx[0] if train_x else None, gw
         stride, padding, dilation, groups = self.args
         gx, gw, _ = torch.ops.aten.convolution_backward(
-            g.view(-1, *g.shape[-3:]),
-            x.view(-1, *x.shape[-3:]),
+            g,
+            x,
             w,
             None,  # no bias
             stride,
@@ -634,7 +637,7 @@ class QuantConv2d(QuantLayer):
             groups,
             (train_x, True, False),  # which of the gradients of x, w and the bias
         )
-        return gx.view(x.shape) if train_x else None, gw
+        return gx, gw
 
 
 def sum_over(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -27,8 +27,8 @@ def check_buckets(num_buckets, T):
     """0 .. T can be cut into num_buckets intervals."""
     if not 0 < T < float("inf"):
         raise ValueError(f"T must be a positive number, not {T}")
-    if num_buckets < 1:
-        raise ValueError(f"num_buckets must be at least 1, not {num_buckets}")
+    if num_buckets not in range(1, 10**6):
+        raise ValueError(f"num_buckets must be a whole number from 1 on, not {num_buckets!r}")
 
 
 def check_arguments(model, n_bits, edges, scales, columns, calibration, timestep):
@@ -36,7 +36,7 @@ def check_arguments(model, n_bits, edges, scales, columns, calibration, timestep
     if hasattr(model, "quant_config"):
         raise ValueError("the model is quantized already; give the float model, or merge this one")
     if n_bits not in range(2, 9):
-        raise ValueError(f"n_bits must be 2 to 8, not {n_bits}")
+        raise ValueError(f"n_bits must be 2 to 8, not {n_bits!r}")
     rising = all(low < high for low, high in zip(edges, edges[1:]))
     if len(edges) < 2 or not rising:
         raise ValueError(f"edges must be two or more increasing numbers, not {edges}")

@@ -63,7 +63,9 @@ NAN = float("nan")
 ARGUMENTS = [  # and a part of the error
     ({"n_bits": 1}, "n_bits must be 2 to 8, not 1"),
     ({"n_bits": 9}, "n_bits must be 2 to 8, not 9"),
-    ({"num_buckets": 0, "T": 0.5}, "num_buckets must be at least 1, not 0"),
+    ({"num_buckets": 0, "T": 0.5}, "num_buckets must be a whole number from 1 on, not 0"),
+    ({"num_buckets": 2.5}, "num_buckets must be a whole number from 1 on, not 2.5"),
+    ({"num_buckets": "2"}, "num_buckets must be a whole number from 1 on, not '2'"),
     ({"T": 0}, "T must be a positive number"),
     ({"T": -1}, "T must be a positive number"),
     ({"T": NAN}, "T must be a positive number"),
