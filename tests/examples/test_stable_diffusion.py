@@ -27,11 +27,14 @@ import memory
 import stable_diffusion
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from stable_diffusion import ADAPTER, BASE, STATE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -612,3 +615,22 @@ def test_check_notices_a_wrong_layer(factor, monkeypatch):
     monkeypatch.setattr(QuantLayer, "scale_samples", wrong)
     with pytest.raises(ValueError, match="differs from the plain formula"):
         memory.check("cpu")
+
+
+def test_a_quantized_model_in_half_precision_runs_in_a_pipeline_of_its_dtype():
+    """diffusers casts what a model is given to the model's dtype, that of its first parameter."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    quantize(unet, 4, 2, timestep="timestep").half()
+    assert unet.dtype == torch.float16
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert images[0].size == (8, 8)
