@@ -1,7 +1,7 @@
 """Make the base, a float UNet that knows the toy world: python pretrain.py
 
-A step took 0.26 s on two cores of an AMD EPYC (Zen 5), so the default would take about an hour and a
-half. The base that ships, data/base.pt, was made by three such runs, each resumed from the one
+A step took 0.26 s on two cores of an AMD EPYC (Zen 5), so the default would take about an hour and
+a half. The base that ships, data/base.pt, was made by three such runs, each resumed from the one
 before, with changes in between: see experiments/RESULTS.md.
 """
 
