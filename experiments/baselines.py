@@ -84,14 +84,14 @@ def lora(model, rank):
     return swap(model, partial(LoRA, rank=rank))
 
 
-def lora_packed(model, rank, n_bits=4, calibration="minmax", data=None):
+def lora_packed(model, rank, n_bits=4, columns="channel", calibration="minmax", data=None):
     """LoRA on the quantized model, with packed integers (as QLoRA, Dettmers et al. 2023)."""
     lora(model, rank)
     quantize(
         model,
         n_bits,
         scales="out",  # fewer deltas, which are frozen below
-        columns="channel",
+        columns=columns,
         calibration=calibration,
         keep_float=["*.lora_a", "*.lora_b"],
         data=data,

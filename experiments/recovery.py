@@ -115,7 +115,7 @@ def prepare(setting: Recovery, seed: int):
     data = calibration_data(seed=seed)  # other data for each seed: how much do they matter?
     if METHODS[setting.method] is None:
         torch.manual_seed(seed)  # LoRA's first matrices are random
-        return lora_packed(model, 2, setting.bits, setting.calibration, data), LR_LORA
+        return lora_packed(model, 2, setting.bits, "channel", setting.calibration, data), LR_LORA
     scales, num_buckets, columns = METHODS[setting.method]
     quantize(
         model,

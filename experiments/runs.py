@@ -58,7 +58,7 @@ class Row:
     columns: str = "channel"  # what has a column scale: the paper's choice unless a row says so
     flags: str = ""  # the other flags of train.py; steps are 1,000 if it doesn't name them
     method: str = ""  # the name without the bits, in the table of one subject
-    lora: bool = False  # train LoRA on the packed base, and no scales
+    lora: int = 0  # the rank of LoRA on the packed base, which is trained in the place of scales
     raw_scales: bool = False  # train the scales themselves, and not their deltas
     even_in_log_snr: bool = False  # buckets of equal width in log-SNR, not in t
     last_commit: str = ""  # of a row that is in the log alone: the last one that can run it
@@ -100,9 +100,35 @@ def rows_of_one_subject() -> list[Row]:
     for bits in WIDTHS:
         for method, flags in methods.items():
             columns = "position" if "position" in method else "channel"
-            is_lora = method.startswith("LoRA")
-            rows.append(Row(f"{method}, {bits} bits", bits, columns, flags, method, is_lora))
+            rank = 2 if method.startswith("LoRA") else 0
+            rows.append(Row(f"{method}, {bits} bits", bits, columns, flags, method, rank))
     return rows
+
+
+def rows_of_500_steps() -> dict[str, Row]:
+    """The README's rows: what train.py does by default, and what that is compared with.
+
+    The log knows them by the names here and ", 500 steps". The base of a LoRA is quantized as the
+    default is.
+    """
+    rows = [
+        Row("the base", bits=32, flags="--steps 0"),
+        Row("full precision", bits=32),
+        Row("PEQA, 4 bits", flags="--scales out"),
+        Row("paper's columns, N = 1, 4 bits"),
+        Row("paper's columns, N = 2, 4 bits", flags="--buckets 2"),
+        Row("by position, N = 1, 4 bits", columns="position"),
+        Row("by position, N = 2, 4 bits", columns="position", flags="--buckets 2"),
+        Row("LoRA r = 1, 4 bits", columns="position", flags="--lr 0.003", lora=1),
+        Row("LoRA r = 2, 4 bits", columns="position", flags="--lr 0.003", lora=2),
+        Row("by position, N = 1, 2 bits", 2, columns="position"),
+        Row("LoRA r = 2, 2 bits", 2, columns="position", flags="--lr 0.003", lora=2),
+    ]
+    found = {}
+    for row in rows:
+        name = f"{row.name}, 500 steps"
+        found[row.name] = replace(row, name=name, flags=f"--steps 500 {row.flags}")
+    return found
 
 
 def together(row: Row) -> Row:
@@ -112,6 +138,21 @@ def together(row: Row) -> Row:
 
 DEFAULT = "TuneQDM, N = 1, 4 bits"  # the row that others are compared with
 ONE_SUBJECT = by_name(rows_of_one_subject())
+SHORT = rows_of_500_steps()
+PAIRS = [  # what is compared in the README's table: the second is subtracted from the first
+    ("by position, N = 1, 4 bits", "full precision"),
+    ("by position, N = 1, 4 bits", "LoRA r = 1, 4 bits"),
+    ("by position, N = 1, 4 bits", "LoRA r = 2, 4 bits"),
+    ("by position, N = 1, 4 bits", "paper's columns, N = 1, 4 bits"),
+    ("by position, N = 1, 4 bits", "PEQA, 4 bits"),
+    ("by position, N = 2, 4 bits", "by position, N = 1, 4 bits"),
+    ("paper's columns, N = 1, 4 bits", "PEQA, 4 bits"),
+    ("paper's columns, N = 2, 4 bits", "paper's columns, N = 1, 4 bits"),
+    ("LoRA r = 1, 4 bits", "full precision"),
+    ("LoRA r = 2, 4 bits", "full precision"),
+    ("by position, N = 1, 2 bits", "by position, N = 1, 4 bits"),
+    ("by position, N = 1, 2 bits", "LoRA r = 2, 2 bits"),
+]
 SEVERAL = by_name(
     [
         together(ONE_SUBJECT["full precision"]),
@@ -174,6 +215,14 @@ POSITION_SETTINGS = by_name(  # for columns by position, on the same two subject
     ]
 )
 
+RATES = {}  # of full precision and LoRA at 500 steps: rows by method, on the same two subjects
+for method in ("full precision", "LoRA r = 1, 4 bits", "LoRA r = 2, 4 bits", "LoRA r = 2, 2 bits"):
+    row = SHORT[method]
+    rates = ("0.0005", "0.001", "0.002") if row.bits == 32 else ("0.0015", "0.003", "0.006")
+    RATES[method] = [
+        replace(row, name=f"{row.name}, lr {lr}", flags=f"{row.flags} --lr {lr}") for lr in rates
+    ]
+
 # What a run is scored by: the keys of the log, and the columns that they become.
 SCORES = {
     "parts": "parts right",
@@ -223,7 +272,7 @@ def prepare(args, row: Row, subject: str, seed: int):
     data = train.calibration_data(run.device)
     if row.lora:
         torch.manual_seed(run.seed)  # its first matrices are random
-        lora_packed(model, 2, run.bits, run.calibration, data).to(run.device)
+        lora_packed(model, row.lora, run.bits, run.columns, run.calibration, data).to(run.device)
     elif run.bits < 32:
         edges = None
         if row.even_in_log_snr:

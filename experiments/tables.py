@@ -45,27 +45,21 @@ from runs import (
     DIGITS,
     GPTQ_SETTINGS,
     ONE_SUBJECT,
+    PAIRS,
     POSITION_SETTINGS,
+    RATES,
     SCORES,
     SEVERAL,
+    SHORT,
     SHOWN,
     WIDTHS,
+    by_name,
     tune,
     validation_loss,
 )
 from sample import BASE, load_model
 from support.flags import Parser, guard, number
 
-IN_SHORT = [  # the README's rows
-    "the base",
-    "full precision",
-    "PEQA, 4 bits",
-    DEFAULT,
-    "TuneQDM, N = 2, 4 bits",
-    "by position, N = 1, 4 bits",
-    "LoRA r = 2, packed base, 4 bits",
-    "TuneQDM, N = 1, 2 bits",
-]
 TOGETHER = {  # subjects that are tuned at once, by how many they are
     2: ["bix+fen", "gil+luz", "ori+tam"],
     3: ["bix+fen+gil", "luz+ori+tam"],
@@ -79,11 +73,11 @@ TOGETHER = {  # subjects that are tuned at once, by how many they are
 def fill(args, title, rows, subjects, pairs):
     """Do what isn't done yet, then show the means of rows and the differences of pairs of rows.
 
-    rows: {name: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs: names of rows,
-    the second of which is subtracted from the first.
+    rows: {name in the tables: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
+    names of rows, the second of which is subtracted from the first.
     """
     run_all(args, rows, subjects)
-    found = {name: runs_of(args, name, subjects) for name in rows}
+    found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
     show_means(args, title, found)
     show_differences(args, f"{title}: differences", found, pairs)
 
@@ -188,15 +182,26 @@ def base(args):
         score_base(load_model(BASE), seed=0)
 
 
+def defaults(args):
+    """Fine-tune to one subject as train.py does by default: the README's table."""
+    fill(args, "one subject, in short", SHORT, toy.TABLE, PAIRS)
+
+
+def rates(args):
+    """Choose the rates of full precision and LoRA, on subjects that no other table reports."""
+    rows = []
+    for of_method in RATES.values():
+        rows.extend(of_method)
+    fill(args, "rates", by_name(rows), toy.TUNING, [])
+
+
 def one_subject(args):
-    """Fine-tune to one subject."""
+    """Fine-tune to one subject for 1,000 steps: every method at every width."""
     pairs = []
     for yardstick, row in combinations(ONE_SUBJECT.values(), 2):
         if row.trains and is_yardstick(yardstick, row):
             pairs.append((row.name, yardstick.name))
     fill(args, "one subject", ONE_SUBJECT, toy.TABLE, pairs)
-    in_short = {name: runs_of(args, name, toy.TABLE) for name in IN_SHORT}
-    show_means(args, "one subject, in short", in_short)
 
 
 def is_yardstick(yardstick, row):
@@ -422,6 +427,8 @@ def show_scale_sets_in_short(args, settings):
 
 TABLES = {
     "base": base,
+    "defaults": defaults,
+    "rates": rates,
     "subjects": one_subject,
     "several": several_subjects,
     "recovery": recovery,
