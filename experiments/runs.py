@@ -131,6 +131,17 @@ def rows_of_500_steps() -> dict[str, Row]:
     return found
 
 
+def rows_of_rates() -> dict[str, Row]:
+    """Full precision and each LoRA of the README's rows, at three learning rates."""
+    rows = []
+    for name, row in SHORT.items():
+        if row.lora or name == "full precision":
+            for lr in ("0.0015", "0.003", "0.006") if row.lora else ("0.0005", "0.001", "0.002"):
+                flags = f"{row.flags} --lr {lr}"
+                rows.append(replace(row, name=f"{row.name}, lr {lr}", flags=flags))
+    return by_name(rows)
+
+
 def together(row: Row) -> Row:
     """The row for several subjects at once."""
     return replace(row, name=f"{row.name}, together", flags=f"{row.flags} --steps 2000")
@@ -139,20 +150,7 @@ def together(row: Row) -> Row:
 DEFAULT = "TuneQDM, N = 1, 4 bits"  # the row that others are compared with
 ONE_SUBJECT = by_name(rows_of_one_subject())
 SHORT = rows_of_500_steps()
-PAIRS = [  # what is compared in the README's table: the second is subtracted from the first
-    ("by position, N = 1, 4 bits", "full precision"),
-    ("by position, N = 1, 4 bits", "LoRA r = 1, 4 bits"),
-    ("by position, N = 1, 4 bits", "LoRA r = 2, 4 bits"),
-    ("by position, N = 1, 4 bits", "paper's columns, N = 1, 4 bits"),
-    ("by position, N = 1, 4 bits", "PEQA, 4 bits"),
-    ("by position, N = 2, 4 bits", "by position, N = 1, 4 bits"),
-    ("paper's columns, N = 1, 4 bits", "PEQA, 4 bits"),
-    ("paper's columns, N = 2, 4 bits", "paper's columns, N = 1, 4 bits"),
-    ("LoRA r = 1, 4 bits", "full precision"),
-    ("LoRA r = 2, 4 bits", "full precision"),
-    ("by position, N = 1, 2 bits", "by position, N = 1, 4 bits"),
-    ("by position, N = 1, 2 bits", "LoRA r = 2, 2 bits"),
-]
+RATES = rows_of_rates()  # on the two subjects that no other table reports
 SEVERAL = by_name(
     [
         together(ONE_SUBJECT["full precision"]),
@@ -214,14 +212,6 @@ POSITION_SETTINGS = by_name(  # for columns by position, on the same two subject
         Row("channel, 500 steps", flags="--steps 500"),
     ]
 )
-
-RATES = {}  # of full precision and LoRA at 500 steps: rows by method, on the same two subjects
-for method in ("full precision", "LoRA r = 1, 4 bits", "LoRA r = 2, 4 bits", "LoRA r = 2, 2 bits"):
-    row = SHORT[method]
-    rates = ("0.0005", "0.001", "0.002") if row.bits == 32 else ("0.0015", "0.003", "0.006")
-    RATES[method] = [
-        replace(row, name=f"{row.name}, lr {lr}", flags=f"{row.flags} --lr {lr}") for lr in rates
-    ]
 
 # What a run is scored by: the keys of the log, and the columns that they become.
 SCORES = {
