@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from calibrate import minmax
-from quant import quantize
+from calibrate import minmax, rowcol
+from quant import QuantConv2d, quantize
 
 
 class LoRA(nn.Module):
@@ -68,6 +68,42 @@ class PlainLayer(nn.Module):
         if self.is_conv:
             return F.conv2d(x, w, self.bias, self.stride, self.padding)
         return F.linear(x, w, self.bias)
+
+
+class PositionRows(nn.Module):
+    """A convolution whose kernel has a grid for each position: rows and columns of its own.
+
+    What quantize's columns="position" leaves out: there a row's scale is that of all positions. In
+    plain autograd, from rowcol, with deltas in exponents; without groups.
+    """
+
+    def __init__(self, layer, n_bits):
+        super().__init__()
+        weight = layer.weight.detach()  # (O, I, *kernel)
+        self.shape = weight.shape
+        grid = rowcol(weight.flatten(2).movedim(2, 0)[..., None], n_bits)  # a group for each of K
+        w = grid.weight()[..., 0].movedim(0, 2)  # (O, I, K)
+        self.register_buffer("w", w)
+        self.d_out = nn.Parameter(torch.zeros_like(w[:, :1]))  # (O, 1, K)
+        self.d_in = nn.Parameter(torch.zeros_like(w[:1]))  # (1, I, K)
+        self.bias = layer.bias  # which quantize has frozen
+        self.stride = layer.stride
+        self.padding = layer.padding
+
+    def forward(self, x):
+        w = self.w * self.d_out.exp() * self.d_in.exp()
+        return F.conv2d(x, w.view(self.shape), self.bias, self.stride, self.padding)
+
+
+def with_position_rows(quantized, model):
+    """Put PositionRows in the place of the convolutions of quantized, with the weights of model.
+
+    Linear layers and 1x1 convolutions stay as they are.
+    """
+    for name, layer in list(quantized.named_modules()):
+        if isinstance(layer, QuantConv2d) and layer.shape[2:] != (1, 1):
+            quantized.set_submodule(name, PositionRows(model.get_submodule(name), layer.n_bits))
+    return quantized
 
 
 def swap(model, make):

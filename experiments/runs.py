@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import train
-from baselines import lora_packed
+from baselines import lora_packed, with_position_rows
 from data import toy
 from data.score import read_object, score, spots_at
 from model import Diffusion
@@ -59,6 +59,7 @@ class Row:
     flags: str = ""  # the other flags of train.py; steps are 1,000 if it doesn't name them
     method: str = ""  # the name without the bits, in the table of one subject
     lora: int = 0  # the rank of LoRA on the packed base, which is trained in the place of scales
+    position_rows: bool = False  # rows by position, too, in plain autograd
     raw_scales: bool = False  # train the scales themselves, and not their deltas
     even_in_log_snr: bool = False  # buckets of equal width in log-SNR, not in t
     last_commit: str = ""  # of a row that is in the log alone: the last one that can run it
@@ -209,6 +210,12 @@ POSITION_SETTINGS = by_name(  # for columns by position, on the same two subject
         Row("position, 500 steps, lr 0.045", columns="position", flags="--steps 500 --lr 0.045"),
         Row("position, 500 steps, prior 1", columns="position", flags="--steps 500 --prior 1"),
         Row("position, 400 steps", columns="position", flags="--steps 400"),
+        Row(
+            "rows and columns by position, 500 steps",
+            columns="position",
+            flags="--steps 500",
+            position_rows=True,
+        ),
         Row("channel, 500 steps", flags="--steps 500"),
     ]
 )
@@ -278,6 +285,8 @@ def prepare(args, row: Row, subject: str, seed: int):
             edges=edges,
             data=data,
         )
+    if row.position_rows:
+        with_position_rows(model, load_model(BASE).requires_grad_(False))
     if row.raw_scales:
         train_raw_scales(model)
     return model, run

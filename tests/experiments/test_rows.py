@@ -1,5 +1,6 @@
 """A run does what its row says, against independent references."""
 
+import copy
 from argparse import Namespace
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 
 import recovery
 import runs
+from baselines import with_position_rows
+from calibrate import rowcol
 from data import toy
 from model import Diffusion, UNet
 from quant import QuantLayer, bucket, current, deltas, quantize
@@ -75,6 +78,28 @@ def test_raw_scales_are_trained_as_scales():
     assert (s_out - layer.s_out).abs().max() > 2e-3
     for mine, s in zip(trained, (s_out, s_in)):
         torch.testing.assert_close(mine, s, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_by_position_are_a_grid_and_deltas_for_each_position():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 5, 3, stride=2, padding=1).requires_grad_(False)
+    model = nn.Sequential(layer, nn.Conv2d(5, 4, 1))
+    model = with_position_rows(quantize(copy.deepcopy(model), 4), model)
+    d_out = torch.randn(5, 3, 3) * 0.1
+    d_in = torch.randn(4, 3, 3) * 0.1
+    w = torch.empty(5, 4, 3, 3)
+    for y in range(3):
+        for x in range(3):
+            grid = rowcol(layer.weight[None, :, :, y, x, None], 8)  # 8 bits: it is the first
+            scales = d_out[:, None, y, x].exp() * d_in[:, y, x].exp()
+            w[:, :, y, x] = grid.weight()[0, :, :, 0] * scales
+    with torch.no_grad():
+        model[0].d_out.copy_(d_out.view(5, 1, 9))
+        model[0].d_in.copy_(d_in.view(1, 4, 9))
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(model[0](x), F.conv2d(x, w, layer.bias, stride=2, padding=1))
+    trained = {name for name, p in model[0].named_parameters() if p.requires_grad}
+    assert trained == {"d_out", "d_in"}
 
 
 def test_a_random_start_follows_the_seed(small_base, tmp_path):
