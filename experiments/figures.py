@@ -1,8 +1,7 @@
 """The figures: python experiments/figures.py --log experiments/runs.jsonl
 
-They show the runs of the table of one subject. The figure of bytes is drawn from the log, the
-others from the files that the runs of bix, seed 0, left in out/. All are written to
-experiments/figures.
+They show runs of one subject. The figure of bytes is drawn from the log, the others from the files
+that the README's runs of bix, seed 0, left in out/. All are written to experiments/figures.
 """
 
 import sys
@@ -20,12 +19,16 @@ import train
 from data import toy
 from quant import bucket
 from report import parse_with_log, runs_of
-from runs import DEFAULT, DIFFUSION, ONE_SUBJECT, losses, prepare
+from runs import DIFFUSION, ONE_SUBJECT, SHORT, Row, losses, prepare
 from sample import BASE, sample
 from support.files import load
 from support.flags import Parser, guard
 
 SUBJECT = "bix"  # the subject of the figures that show one
+ROWS = {
+    "untuned, 4 bits": Row("untuned, 4 bits", columns="position", flags="--steps 0"),
+    **SHORT,
+}
 
 
 def restored(args, name, subject=SUBJECT, seed=0):
@@ -33,13 +36,13 @@ def restored(args, name, subject=SUBJECT, seed=0):
 
     Raises ValueError if the run's files aren't there.
     """
-    model, run = prepare(args, ONE_SUBJECT[name], subject, seed)
+    model, run = prepare(args, ROWS[name], subject, seed)
     if run.steps > 0:
         state = run.out / "state.pt"
         if not state.exists():
             raise ValueError(
                 f"no '{name}' of {subject} in {run.out.parent}; first run "
-                f"python experiments/tables.py subjects --subjects {subject} without --log"
+                f"python experiments/tables.py defaults --subjects {subject} without --log"
             )
         model.load_state_dict(load(state, "fine-tuning")["tensors"], strict=False)
     return model.eval(), run
@@ -63,10 +66,11 @@ def draw_samples(args):
         "full precision",
         "untuned, 4 bits",
         "PEQA, 4 bits",
-        DEFAULT,
-        "LoRA r = 2, packed base, 4 bits",
+        "paper's columns, N = 1, 4 bits",
+        "by position, N = 1, 4 bits",
+        "LoRA r = 2, 4 bits",
     ]
-    figure, axes = plt.subplots(1, len(names), figsize=(8, 9))
+    figure, axes = plt.subplots(1, len(names), figsize=(9, 9))
     for axis, name in zip(axes, names):
         model, run = restored(args, name)
         images, _ = train.evaluate(model, None, run)  # without scores
@@ -89,55 +93,65 @@ def draw_samples(args):
 class Explained(NamedTuple):
     """How near scales of one kind come to a given change of weights."""
 
-    change: Tensor  # (O, I): the relative change of each kernel by the nearest scales
+    change: Tensor  # (O, columns): the relative change of each weight by the nearest scales
     share: Tensor  # of the given change's squares that this explains, a number
 
 
 def explained(w, dw, rounds=50):
-    """What scales of three kinds explain of a change dw of weights w, both (O, I, K).
+    """What scales of four kinds explain of a change dw of weights w, both (O, I, K).
 
-    The kinds: a scale for each kernel; s_out; s_out x s_in. Each is fitted by least squares:
-    change * w to dw.
+    The kinds: a scale for each kernel; s_out; s_out x s_in; s_out x s_in, by position. Each is
+    fitted by least squares: change * w to dw.
     """
     ww = w.square().sum(2)  # (O, I)
     wd = (w * dw).sum(2)  # (O, I)
     each_kernel = wd / ww
-    rows = wd.sum(1, True) / ww.sum(1, True)  # (O, 1)
-
-    # |w + dw - s_out s_in w|^2 is least in s_out while s_in stays as it is, and the other way round
-    target = ww + wd
-    s_in = torch.ones_like(w[:1, :, 0])  # (1, I)
-    for _ in range(rounds):
-        s_out = (target * s_in).sum(1, True) / (ww * s_in.square()).sum(1, True)  # (O, 1)
-        s_in = (target * s_out).sum(0, True) / (ww * s_out.square()).sum(0, True)  # (1, I)
+    rows = (wd.sum(1, True) / ww.sum(1, True)).expand_as(ww)
+    channels = rows_and_columns(ww, wd, rounds)
+    positions = rows_and_columns(w.flatten(1).square(), (w * dw).flatten(1), rounds)  # (O, I * K)
 
     kinds = []
-    for change in (each_kernel, rows.expand_as(ww), s_out * s_in - 1):
-        rest = dw - change[..., None] * w
+    for change in (each_kernel, rows, channels, positions):
+        change_of_each = change.view(*w.shape[:2], -1)  # (O, I, K) or (O, I, 1)
+        rest = dw - change_of_each * w
         kinds.append(Explained(change, 1 - rest.square().sum() / dw.square().sum()))
     return kinds
+
+
+def rows_and_columns(ww, wd, rounds):
+    """s_out * s_in - 1 for the scales of rows and columns that come nearest to a change dw.
+
+    ww, wd: w * w and w * dw (O, columns), summed over the weights that share both scales.
+    """
+    # |w + dw - s_out s_in w|^2 is least in s_out while s_in stays as it is, and the other way round
+    target = ww + wd
+    s_in = torch.ones_like(ww[:1])  # (1, columns)
+    for _ in range(rounds):
+        s_out = (target * s_in).sum(1, True) / (ww * s_in.square()).sum(1, True)  # (O, 1)
+        s_in = (target * s_out).sum(0, True) / (ww * s_out.square()).sum(0, True)  # (1, columns)
+    return s_out * s_in - 1
 
 
 def draw_weights(args, name="middle.0.conv1"):
     """What full fine-tuning does to a layer, and what of it scales can express."""
     before = restored(args, "the base")[0].state_dict()
     after = restored(args, "full precision")[0].state_dict()
-    layers = {}  # the three kinds for each 3x3 convolution
+    layers = {}  # the four kinds for each 3x3 convolution
     for key, w in before.items():
         if w.shape[2:] == (3, 3):
             layers[key] = explained(w.flatten(2), (after[key] - w).flatten(2))
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    titles = ("each kernel's best scale", "s_out alone", "s_out x s_in")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
+    titles = ("each kernel's best scale", "s_out", "s_out x s_in", "s_out x s_in, by position")
     for kind, (axis, title) in enumerate(zip(axes, titles)):
         change, share = layers[f"{name}.weight"][kind]
         median = torch.stack([kinds[kind].share for kinds in layers.values()]).median()
-        shown = axis.imshow(change, cmap="RdBu", vmin=-0.2, vmax=0.2)
+        shown = axis.imshow(change, cmap="RdBu", vmin=-0.2, vmax=0.2, aspect="auto")
         axis.set_title(
             f"{title}: {share:.1%} of the change\n(3x3 convolutions: median {median:.1%})",
             fontsize=10,
         )
-        axis.set_xlabel("input channel")
+        axis.set_xlabel("input channel" if kind < 3 else "input channel at a position")
         axis.set_ylabel("output channel")
     figure.colorbar(shown, ax=axes, label="relative change")
     return figure
@@ -172,7 +186,15 @@ def draw_losses(args, bins=25, each=40):
     t = middles.long().repeat_interleave(each)  # (bins * each,)
 
     figure, axis = plt.subplots(figsize=(6.5, 3.5))
-    for name in ("the base", "untuned, 4 bits", "PEQA, 4 bits", DEFAULT, "full precision"):
+    names = [
+        "the base",
+        "untuned, 4 bits",
+        "PEQA, 4 bits",
+        "paper's columns, N = 1, 4 bits",
+        "by position, N = 1, 4 bits",
+        "full precision",
+    ]
+    for name in names:
         model, _ = restored(args, name)
         loss = losses(model, x0, words, t, generator.manual_seed(2))  # the same noise for all
         axis.semilogy(t[::each], loss.view(bins, each).mean(1), label=name)
@@ -218,7 +240,7 @@ def draw_bytes(args):
 
 def draw_denoising(args, steps=12):
     """One image step by step: what the model sees and expects, and the bucket of its scales."""
-    model, _ = restored(args, "TuneQDM, N = 2, 4 bits")
+    model, _ = restored(args, "by position, N = 2, 4 bits")
     seen = []
 
     def look(_, inputs, v):

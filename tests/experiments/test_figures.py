@@ -40,7 +40,7 @@ def squared_norm_left_by_scales(w, dw):
 def test_explained_shares_are_those_of_a_best_fit(taps):
     generator = torch.Generator().manual_seed(taps)
     w, dw = torch.randn(2, 7, 5, taps, dtype=torch.float64, generator=generator)
-    each, rows, both = figures.explained(w, dw, 2000)
+    each, rows, both, positions = figures.explained(w, dw, 2000)
     total = dw.square().sum()
 
     of_rows = 0
@@ -58,11 +58,17 @@ def test_explained_shares_are_those_of_a_best_fit(taps):
     left = (dw - both.change[..., None] * w).square().sum()
     torch.testing.assert_close(both.share, 1 - left / total)
 
+    of_positions = squared_norm_left_by_scales(w.reshape(7, -1, 1), dw.reshape(7, -1, 1))
+    assert positions.share >= 1 - of_positions / total - 1e-6
+    assert positions.share > both.share or taps == 1
+    left = (dw - positions.change.view(7, 5, taps) * w).square().sum()
+    torch.testing.assert_close(positions.share, 1 - left / total)
+
 
 def test_a_figure_of_what_was_not_run_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = Namespace(log=tmp_path / "runs.jsonl", steps_divisor=1)
-    with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py subjects"):
+    with pytest.raises(ValueError, match="PEQA, 4 bits.*tables.py defaults"):
         figures.restored(args, "PEQA, 4 bits")
 
 
