@@ -3,14 +3,18 @@ Model", arXiv 2401.04339).
 
     quantize(model, n_bits=4, num_buckets=2, T=1000, timestep="t")    # in place; then train model
 
-A weight is quantized once, to integer codes of n_bits bits that stay as they are. Each row (output
-channel) has a scale and a zero point, and each column has a scale:
+A weight is quantized once, to integer codes of n_bits bits that stay as they are. Each row o, an
+output channel, has a scale and a zero point, and each column i has a scale:
 
     W[o, i] = s_out[o] * (codes[o, i] - zero_point[o]) * s_in[i]        codes in 0 .. 2^n_bits - 1
 
-A column is an input channel (columns="channel"), as in the paper. Then the K positions of a
-convolution's kernel share a scale, and a kernel keeps its shape whatever the scales do. With
-columns="position", a column is an input channel at one position, and there are K times as many.
+In a convolution with K kernel positions, a column is one of two things:
+
+    columns="position"    an input channel at one position of the kernel: the default
+    columns="channel"     an input channel, all K positions of it: the paper's choice
+
+The paper's scales leave each kernel its shape, whatever they do, which limits what they can learn.
+In a linear layer and with K = 1 the two are the same.
 
 Fine-tuning trains the scales and nothing else. Training s_out alone is PEQA (Kim et al. 2023);
 training both is the paper's multi-channel-wise scale update (MCSU). The timesteps are cut into
@@ -23,33 +27,38 @@ zero at the start and stand in an exponent:
     W[o, i] = s_out[o] exp(d_out[o]) * (codes[o, i] - zero_point[o]) * s_in[i] exp(d_in[i])
 
 One learning rate then means the same in every layer, deltas of zero are the base model, and no
-scale can reach zero. With y = W x + bias and g = dL/dy, the gradients are
+scale can reach zero. With y = W x + bias, g = dL/dy and gx = dL/dx = W^T g, the gradients of the
+deltas come in one of two ways, both exact. Where a column is a channel (ChannelMatmul):
 
-    gx           = dL/dx = W^T g
     dL/dd_out[o] = sum over samples and pixels of g[o] * (y[o] - bias[o])
     dL/dd_in[i]  = sum over samples and pixels of gx[i] * x[i]
 
-The last two are this simple because exp is its own derivative. y[o] - bias[o] is proportional to
+They are this simple because exp is its own derivative. y[o] - bias[o] is proportional to
 exp(d_out[o]), so it is its own derivative by d_out[o]. And y depends on d_in[i] only through
-u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u = gx[i] * x[i].
+u = exp(d_in[i]) x[i], so dL/dd_in[i] = dL/du * u = gx[i] * x[i]. No gradient of a weight is made.
 
-So no gradient of a weight is ever computed. For backward a layer keeps its packed codes, x (if d_in
-trains) and y (if d_out trains). The float W lives for one matmul, and backward builds it again.
-
-If the scales of positions train, gx is already summed over the positions and can't give dL/dd_in.
-There the gradient of W is made, for one layer at a time. W is proportional to both exponentials, so
+Where the scales of positions train (PositionMatmul), gx is already summed over the positions and
+can't give dL/dd_in. There the gradient of W is made, for one layer at a time. W is proportional to
+both exponentials, so
 
     M[o, i]      = W[o, i] * dL/dW[o, i]
     dL/dd_out[o] = sum over i of M[o, i]
     dL/dd_in[i]  = sum over o of M[o, i]
 
-That takes a third product, as full fine-tuning does; only x is kept.
+What a layer does in a step, and keeps for backward:
 
-If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not, W is
-built without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket multiply its
-activations before and after the matmul. Scales of positions can't be moved to the activations:
-there each bucket has a W and a convolution of its own. A bucket without a sample in the batch has
-no gradient (None, not zeros), so the optimizer skips it and leaves its momentum alone.
+                       matrix products    kept, beside the packed codes
+    ChannelMatmul      W x, W^T g         x if d_in trains, y if d_out trains
+    PositionMatmul     W x, W^T g, dW     x
+
+The float W lives for one matmul, and backward builds it again.
+
+If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not,
+ChannelMatmul builds W without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket
+multiply its activations before and after the matmul. Scales of positions can't be moved to the
+activations: PositionMatmul has a W and a convolution for each bucket. A bucket without a sample in
+the batch has no gradient (None, not zeros), so the optimizer skips it and leaves its momentum
+alone.
 
 The chapters: buckets, bits, the batch, the layer, the swap, what you carry away. calibrate.py finds
 the codes and the scales to start from, gptq.py the same with data, and support/checks.py says what
@@ -180,7 +189,7 @@ class Batch(NamedTuple):
 
     present: list[int]  # the B buckets in the batch, in increasing order
     index: Tensor | None  # each sample's place in present: (N,), or (1,) if one timestep is for all
-    counts: list[int] = ()  # how many samples each of them has
+    counts: Sequence[int] = ()  # how many samples each of them has
     model: nn.Module | None = None  # whose call it is
     outer: "Batch | None" = None  # what was current before: one quantized model may call another
 
@@ -326,7 +335,8 @@ class ChannelMatmul(torch.autograd.Function):
 class PositionMatmul(torch.autograd.Function):
     """y = W x + bias for a convolution in which the scales of positions train.
 
-    samples: for each of the B buckets in the batch, the numbers of its samples (N_b,).
+    samples: for each of the B buckets in the batch, which samples are in it: their numbers (N_b,),
+    or slice(None) if all are.
     d_out (B, O), d_in (B, K * I): their deltas. Shapes are again those without groups.
     x, bias, layer: as for ChannelMatmul.
     """
@@ -354,7 +364,7 @@ class PositionMatmul(torch.autograd.Function):
         for b, mine in enumerate(ctx.samples):
             w = layer.dequantize(d_out[b], d_in[b], g.dtype)        # (O, I, *kernel), built again
             gx_b, gw = layer.grads(g[mine], x[mine], w, train_x)
-            m = layer.as_matrix(w.to(d_out.dtype) * gw)             # (G, O, K, I), M above
+            m = layer.as_groups(w.to(d_out.dtype) * gw)             # (G, O, K, I), M above
             gx.append(gx_b)                                         # (N_b, I, H, W)
             grad_out.append(m.sum((2, 3)).flatten())                # (G * O,)
             grad_in.append(m.sum(1).flatten())                      # (G * K * I,)
@@ -382,7 +392,7 @@ class QuantLayer(KeepsPrecision):
     gradient of a bucket that isn't in the batch is None.
 
     QuantLinear and QuantConv2d below say how to multiply, and where the channels of x and y are:
-    float_type and its settings, groups, channel_dim, matmul, input_grad, grads.
+    float_type and its settings, groups, channel_dim, matmul, input_grad; convolutions grads, too.
     """
 
     def __init__(self, layer, n_bits, num_buckets, scales, columns, calibrate):
@@ -398,17 +408,17 @@ class QuantLayer(KeepsPrecision):
         if layer.bias is not None:
             self.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
 
-        # always channels_last: sums round by the order of memory, and codes must not depend on it
+        # one order of memory for all: sums round by it, and codes must not depend on the model's
         weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
         grouped = weight.reshape(self.groups, -1, self.shape[1], weight[0, 0].numel())
         if grouped.dtype.itemsize < 4:
             grouped = grouped.float()
         g, o, i, k = grouped.shape
-        if columns == "position":  # I * K columns of one position each
-            grouped = grouped.reshape(g, o, i * k, 1)
+        if columns == "position":
+            grouped = grouped.reshape(g, o, i * k, 1)  # I * K columns of one position each
         grid = calibrate(grouped, n_bits)
         codes = grid.codes.view(g, o, i, k).mT.to(torch.uint8)  # (G, O, K, I)
-        s_in = grid.s_in.view(g, i, -1).mT  # (G, K, I), or (G, 1, I)
+        s_in = grid.s_in.view(g, i, -1).mT  # (G, K, I), or (G, 1, I) if columns are channels
         self.register_buffer("codes", pack(codes, n_bits))
         self.register_buffer("zero_point", grid.zero_point.flatten().to(torch.uint8))
         self.register_buffer("s_out", grid.s_out.flatten())
@@ -427,7 +437,7 @@ class QuantLayer(KeepsPrecision):
 
     # fmt: off
     def dequantize(self, d_out: Tensor | None = None, d_in: Tensor | None = None, dtype=None):
-        """The float weight (G * O, I, *kernel) for the deltas of a bucket, by default the base's.
+        """The float weight (G * O, I, *kernel), with the deltas of a bucket if they are given.
 
         dtype: of the weight, by default the one that the float weight had.
         """
@@ -490,7 +500,7 @@ class QuantLayer(KeepsPrecision):
         if x.dtype.itemsize >= 4:
             return ChannelMatmul.apply(x, d_out, d_in, bias, self, index)
         # In float16 and bfloat16, y - bias would have few digits of W x if the bias is large. So
-        # y = W x is kept for backward, and the bias is added afterwards.
+        # y = W x is kept for backward, and the bias is added afterwards. PositionMatmul keeps no y.
         y = ChannelMatmul.apply(x, d_out, d_in, None, self, index)
         return self.add_bias(y, bias)
 
@@ -528,7 +538,7 @@ class QuantLayer(KeepsPrecision):
 
     # fmt: off
     def gradient_of(self, d: Tensor, a: Tensor, b: Tensor, bias=None, index=None) -> Tensor:
-        """dL/dd: a * (b - bias), summed over all samples and positions that share a delta.
+        """dL/dd: a * (b - bias), summed over all samples and pixels that share a delta.
 
         a, b: (N, ...), with C channels. bias: (C,). d: (C,), or (B, C) with index (N,). a * b and a
         are summed apart, which needs no copy of b - bias.
@@ -552,13 +562,13 @@ class QuantLayer(KeepsPrecision):
             return is_in @ total                                    # (B, C)
     # fmt: on
 
-    def as_matrix(self, w: Tensor) -> Tensor:
+    def as_groups(self, w: Tensor) -> Tensor:
         """w (G * O, I, *kernel) as (G, O, K, I)."""
         g = self.groups
         return w.movedim(1, -1).reshape(g, len(w) // g, -1, w.shape[1])
 
     def batch_dims(self, x: Tensor) -> tuple[int, ...]:
-        """The dimensions of samples and positions: all but the channels."""
+        """The dimensions of samples and pixels (or tokens): all but the channels."""
         channels = x.dim() + self.channel_dim
         return tuple(dim for dim in range(x.dim()) if dim != channels)
 
@@ -673,7 +683,8 @@ def quantize(
 ) -> nn.Module:
     """Replace every Conv2d and Linear of model by a quantized layer; then only deltas train.
 
-    Returns model itself. model.quant_config holds the arguments, with edges for num_buckets and T.
+    Returns model itself. model.quant_config holds the arguments but data, defaults filled in, and
+    edges for num_buckets and T.
 
     n_bits: 2 to 8.
     num_buckets: how many scale sets there are over the timesteps 0 .. T. T must be that of the
@@ -721,14 +732,14 @@ def quantize(
 
     # All layers are made before the model is changed: an error leaves it as it was.
     if calibration == "gptq":
-        # gptq tries each layer in the model; deltas are zero, so any bucket will do
+        # gptq tries each layer in the model, and takes it out; deltas are zero: any bucket will do
         with set_batch(Batch([0], None)):
             quantized = quantize_with_data(model, layers, build, data)
     else:
         quantized = {layer: build(layer, CALIBRATIONS[calibration]) for layer in layers}
 
     model.quant_frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    # from now on only deltas train, also those of a quantized model inside that keep_float spares
+    # from now on only deltas train, also those of a quantized model inside that keep_float names
     set_layers(model, layers, quantized)
     model.requires_grad_(False)
     for delta in deltas(model).values():
@@ -737,7 +748,7 @@ def quantize(
         made.train(layer.training)
     for module in model.modules():
         if getattr(module, "inplace", False):  # such as nn.ReLU(inplace=True)
-            module.inplace = False  # a quantized layer keeps its output for backward
+            module.inplace = False  # a quantized layer may keep its output for backward
 
     model.quant_config = {
         "n_bits": int(n_bits),
@@ -802,13 +813,13 @@ def others_and_base(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def adapter(model: nn.Module) -> dict:
-    """What was trained, ready for torch.save: kilobytes, if only deltas were.
+    """What was trained, ready for torch.save: two bytes for each delta.
 
     It holds quant_config, the fingerprint of the quantized base, all deltas in one float16 tensor,
     and the others unchanged: parameters that require a gradient, and the running statistics of
-    BatchNorm. The model itself keeps its float32 deltas, so it differs a
-    little from one that loads the adapter. Raises ValueError if a number isn't finite (a delta: in
-    float16), and if no parameter requires a gradient, because then nothing says what was trained.
+    BatchNorm. The model keeps its own deltas, which aren't rounded, so it differs a little from one
+    that loads the adapter. Raises ValueError if a number isn't finite (a delta: in float16), and if
+    no parameter requires a gradient, because then nothing says what was trained.
     """
     model = checks.unwrapped(model)
     mine = deltas(model)
@@ -825,7 +836,7 @@ def adapter(model: nn.Module) -> dict:
 
 
 def load_adapter(model: nn.Module, saved: dict) -> None:
-    """Copy the deltas of an adapter into model, and its other tensors, which then train here, too.
+    """Copy the deltas of an adapter into model, and the other tensors; parameters then train here.
 
     Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
     as it was. The base has to be the same bit for bit: load the adapter in the dtype that it was
