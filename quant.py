@@ -835,22 +835,34 @@ def adapter(model: nn.Module) -> dict:
     }
 
 
-def load_adapter(model: nn.Module, saved: dict) -> None:
-    """Copy the deltas of an adapter into model, and the other tensors; parameters then train here.
+def load_adapter(model: nn.Module, saved: dict, *more: dict, strength: float = 1.0) -> None:
+    """Give model the deltas of an adapter, or the sum of several adapters' deltas.
 
-    Raises ValueError if it was made for another quantized base, or is damaged. The model then stays
-    as it was. The base has to be the same bit for bit: load the adapter in the dtype that it was
-    trained in, and cast the model afterwards; and load it into the saved base rather than one that
-    another processor has quantized.
+    A sum of deltas is a product of scales: W is changed by the factors of all adapters. It doesn't
+    depend on their order, to the bit; one that is given twice counts once, and deltas that model
+    had before don't count. strength: what the sum is multiplied by; 0 is the base.
+
+    The other tensors of an adapter replace the model's, and its parameters then train here, too.
+    They can't be added or scaled: such an adapter must be alone, at strength 1.
+
+    Raises ValueError if an adapter was made for another quantized base, or is damaged. The model
+    then stays as it was. The base has to be the same bit for bit: load the adapter in the dtype
+    that it was trained in, and cast the model afterwards; and load it into the saved base rather
+    than one that another processor has quantized.
     """
     model = checks.unwrapped(model)
     mine = deltas(model)
     sizes = [delta.numel() for delta in mine.values()]
     others, base = others_and_base(model)
     tensors = {**others, **base}
-    checks.check_adapter(saved, model.quant_config, sum(sizes), tensors)
+    for each in (saved, *more):
+        checks.check_adapter(each, model.quant_config, sum(sizes), tensors)
+    checks.check_sum((saved, *more), strength)
+
+    distinct = {hash_of(each["deltas"]): each["deltas"] for each in (saved, *more)}
+    total = sum(values.double() for values in distinct.values())  # of float16: exact in float64
     with torch.no_grad():
-        for delta, value in zip(mine.values(), saved["deltas"].split(sizes)):
+        for delta, value in zip(mine.values(), (total * strength).split(sizes)):
             delta.copy_(value)
         for name, value in saved["others"].items():
             tensors[name].copy_(value)

@@ -170,7 +170,10 @@ def arguments():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", type=path, default=BASE, help="a base or a tuned model")
-    add("--adapter", type=path, help="an adapter to put on the quantized model of --ckpt")
+    adapter_help = "adapters for the quantized model of --ckpt, in the place of its own; they add"
+    add("--adapter", type=path, nargs="+", default=[], help=adapter_help)
+    strength_help = "what the adapters' deltas are multiplied by; 0 is the base"
+    add("--strength", type=number(0.0, 10.0), default=1.0, help=strength_help)
     add("--prompt", default="red creature on green stripes", help="a caption")
     add("--n", type=number(1, 1000), default=8, help="images")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="DDIM's steps add no noise")
@@ -180,7 +183,10 @@ def arguments():
     add("--out", type=path, default=Path("out/sample.png"), help="the PNG to write")
     parser.add_seed()
     parser.add_device()
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.strength != 1 and not args.adapter:
+        parser.error("--strength is that of an adapter; give --adapter")
+    return args
 
 
 def main():
@@ -188,8 +194,8 @@ def main():
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
     if not words.any():
         raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
-    for given in (args.ckpt, args.adapter):
-        if given and given.resolve() == args.out.resolve():
+    for given in (args.ckpt, *args.adapter):
+        if given.resolve() == args.out.resolve():
             raise ValueError(f"--out would replace {given}, which is read; give another")
 
     model = load_model(args.ckpt, args.device)
@@ -199,7 +205,8 @@ def main():
             "give a tuned.pt"
         )
     if args.adapter:
-        load_adapter(model, load(args.adapter, "adapter"))
+        adapters = [load(given, "adapter") for given in args.adapter]
+        load_adapter(model, *adapters, strength=args.strength)
 
     images = sample(
         model,

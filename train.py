@@ -19,8 +19,7 @@ from support.files import file_size, save
 from support.flags import Parser, guard, number, path
 from support.runs import Run
 
-SUBJECT_WORD = "sks"  # the rare word that becomes the subject's name
-PROMPTS = (  # no instance image of a shipped subject shows one of these
+PROMPTS = (  # no instance image of a shipped subject shows one of these; --word takes sks's place
     "sks creature on blue stripes",
     "sks creature on plain purple",
     "sks creature left on blue checks",
@@ -54,6 +53,8 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--subject", default="mo", help="a folder of images, or a name in data/subjects")
+    word_help = "the rare word that becomes the subject's name; its adapter adds to another word's"
+    add("--word", choices=toy.RARE, default="sks", help=word_help)
     add("--base", type=path, default=BASE, help="a pretrained model")
     add("--steps", type=number(0, 10**7), default=500, help="optimizer steps")
     add("--lr", type=number(0.0, 10.0), help="learning rate; 0.03 for scales, 0.001 at 32 bits")
@@ -79,6 +80,8 @@ def arguments(argv=None):
 def name_of_run(args):
     """The name of the default folder, so that one method doesn't replace another's results."""
     parts = [Path(args.subject).resolve().name, f"{args.bits}bit"]
+    if args.word != "sks":
+        parts.append(args.word)
     if args.scales != "out+in":
         parts.append(args.scales)
     if args.columns != "position":
@@ -139,13 +142,13 @@ def draw_batch(n, instance, captions, diffusion, generator):
     """n instance images and n class images, their captions, and a timestep for each.
 
     Returns x0 (2n, 3, 16, 16), words (2n, L), t (2n,). Class images are scenes of the toy world
-    without a rare word. Captions lose words as in pretraining, but never "sks creature".
+    without a rare word. Captions lose words as in pretraining, but never the subject's two.
     """
     class_images, class_words = toy.sample_scenes(n, generator, rare=0)
 
     pick = torch.randint(len(instance), (n,), generator=generator)
     drop = toy.DROP.clone()
-    drop[:2] = 0  # "sks", "creature"
+    drop[:2] = 0  # the rare word, "creature"
     dropped = torch.rand(n, toy.SLOTS, generator=generator) < drop
     instance_words = captions[pick].masked_fill(dropped, 0)
 
@@ -177,6 +180,11 @@ def calibration_data(device="cpu", n=96, seed=0, diffusion=None):
 # --------------------------------------------------------------------------------------------------
 
 
+def prompts_of(word):
+    """PROMPTS with the subject's word."""
+    return [prompt.replace("sks", word) for prompt in PROMPTS]
+
+
 def captions_of(prompts):
     """The captions of the images to score, IMAGES_PER_PROMPT for each prompt: lists of L words."""
     captions = []
@@ -187,11 +195,11 @@ def captions_of(prompts):
 
 def evaluate(model, parts, args):
     """Images of all PROMPTS, and the means of their exact scores, {} if parts is None."""
-    words = torch.tensor(captions_of(PROMPTS))
+    words = torch.tensor(captions_of(prompts_of(args.word)))
     images = sample(model, words, args.sample_steps, seed=args.seed, progress=True)
     if parts is None:
         return images, {}
-    scores = score(images, words, parts, toy.WORD[SUBJECT_WORD])
+    scores = score(images, words, parts, toy.WORD[args.word])
     return images, {key: value.mean().item() for key, value in scores.items()}
 
 
@@ -207,7 +215,7 @@ def main():
     # load
     folder = find_subject(args.subject)
     check_out(args, folder)
-    instance, captions = toy.load_subject(folder, SUBJECT_WORD)
+    instance, captions = toy.load_subject(folder, args.word)
     parts = toy.read_parts(folder)
     model = load_model(args.base, args.device, kinds=["model"])
     inputs = {"base": model.state_dict(), "subject": [instance, captions]}
@@ -251,7 +259,8 @@ def main():
     if args.bits < 32:
         save(subject, args.out / "adapter.pt")
     title = title_of(args)
-    page = draw_result(instance, images_before, images_after, title)
+    prompts = prompts_of(args.word)
+    page = draw_result(instance, images_before, images_after, title, prompts)
     save(page, args.out / "grid.png")
 
     # report
@@ -272,7 +281,7 @@ def main():
     print(
         f"\nwrote grid.png and the model to {args.out} in {time.time() - start:.0f} s; more images:"
     )
-    print(f'python sample.py --ckpt {args.out / "tuned.pt"} --prompt "{PROMPTS[0]}"')
+    print(f'python sample.py --ckpt {args.out / "tuned.pt"} --prompt "{prompts[0]}"')
 
 
 def find_subject(name):
@@ -304,9 +313,9 @@ def print_row(row):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
-def draw_result(instance, before, after, title):
+def draw_result(instance, before, after, title, prompts):
     """The page grid.png: the instance images, then one image of each prompt before and after."""
-    n = len(PROMPTS)
+    n = len(prompts)
     strips = {
         "instance images": toy.tile(instance[:n], n),
         f"{title}, untuned": toy.tile(before[::IMAGES_PER_PROMPT], n),
@@ -321,7 +330,7 @@ def draw_result(instance, before, after, title):
         draw.text((4, y + 1), label, "black")
         page.paste(strip, (0, y + line))
         y += height + line
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(prompts):
         text = prompt.replace(" and ", "\nand ").replace(" on ", "\non ")
         draw.text((i * width // n + 4, y), text, "black")
     return page

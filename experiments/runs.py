@@ -395,8 +395,7 @@ def measure(model, parts: dict[str, Tensor], run) -> dict[str, float]:
 
     words = list(parts)
     for word in words:
-        prompts = [prompt.replace(train.SUBJECT_WORD, word) for prompt in train.PROMPTS]
-        draw(prompts, {word: word}, label="", seed=run.seed)
+        draw(train.prompts_of(word), {word: word}, label="", seed=run.seed)
 
     backgrounds = [prompt.split(" on ")[1] for prompt in train.PROMPTS]
     for a, b in zip(words, words[1:]):

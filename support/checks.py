@@ -394,6 +394,17 @@ def check_adapter(saved, config: dict, count: int, tensors: dict):
             )
 
 
+def check_sum(adapters, strength: float):
+    """Only deltas add up, and can be scaled."""
+    for saved in adapters:
+        if saved["others"] and (len(adapters) > 1 or strength != 1):
+            name = next(iter(saved["others"]))
+            raise ValueError(
+                f"only deltas can be added or scaled, and an adapter holds '{name}', too; "
+                "load it alone, at strength 1"
+            )
+
+
 def is_finite_tensor(value, shape) -> bool:
     """True if value, read from a file, is a plain tensor of finite real numbers of this shape."""
     if not torch.is_tensor(value) or value.layout != torch.strided:

@@ -65,9 +65,9 @@ def no_images(monkeypatch):
 
 
 @torch.no_grad()
-def spread(model):
-    """model with deltas that are no longer zero, the same each time, so that the buckets differ."""
-    generator = torch.Generator().manual_seed(1)
+def spread(model, seed=1):
+    """model with deltas that aren't zero, the same for a seed, so that the buckets differ."""
+    generator = torch.Generator().manual_seed(seed)
     for delta in deltas(model).values():
         delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
     return model

@@ -533,6 +533,34 @@ def test_an_adapter_carries_the_deltas_and_knows_its_base(tmp_path):
         load_adapter(quantized(2, seed=1), saved)
 
 
+def test_adapters_add_so_their_factors_multiply_the_weight():
+    a, b, c = [adapter(spread(quantized(2), seed)) for seed in (1, 2, 3)]
+    model = spread(quantized(2), 4)
+    load_adapter(model, a, b, strength=0.5)
+
+    def change(saved, kind):
+        """What the adapter makes of the scales of a convolution in bucket 1."""
+        other = quantized(2)
+        load_adapter(other, saved)
+        return deltas(other)[f"conv_in.{kind}_1"].double().exp()
+
+    rows, columns = [(change(a, kind) * change(b, kind)).sqrt() for kind in ("d_out", "d_in")]
+    base = quantized(2).conv_in.dequantize()  # (O, I, *kernel)
+    columns = columns.view(*base.shape[2:], -1).movedim(-1, 0)  # (I, *kernel)
+    expected = base * rows.view(-1, 1, 1, 1) * columns
+    torch.testing.assert_close(model.conv_in.weight_of(1), expected.float())
+
+    # in any order, and a second time, to the bit; what the model had before doesn't count
+    load_adapter(model, a, b, c)
+    for others in ((c, b, a), (b, a, c, a)):
+        again = spread(quantized(2), 5)
+        load_adapter(again, *others)
+        for name, delta in deltas(again).items():
+            assert torch.equal(delta, deltas(model)[name]), name
+    load_adapter(model, a, strength=0)
+    assert not any(delta.any() for delta in deltas(model).values())
+
+
 def test_a_merged_model_is_plain_and_computes_the_same():
     model = spread(quantized(3).double())
     x = torch.randn(2, 3, 8, 8).double()

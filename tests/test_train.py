@@ -105,6 +105,37 @@ def test_an_adapter_on_its_base_draws_what_tuned_pt_draws(tuned, tmp_path):
         assert torch.equal(loaded[name], value), name  # deltas are rounded alike
 
 
+def test_a_subject_of_another_word_adds_to_the_first(tuned, tmp_path):
+    out = tmp_path / "zed"
+    assert run(train, *FLAGS, "--subject", "zed", "--word", "zwx", "--out", out) == 0
+    adapters = [tuned[0] / "adapter.pt", out / "adapter.pt"]
+    drawn = []
+    for flags in (adapters, adapters[::-1], adapters[:1], [*adapters, "--strength", 0.5]):
+        flags = ("--ckpt", out / "tuned.pt", "--adapter", *flags, "--out", tmp_path / "a.png")
+        assert run(sample, *flags, "--prompt", "sks creature and zwx creature", "--steps", 1) == 0
+        drawn.append((tmp_path / "a.png").read_bytes())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def test_the_word_names_the_subject_in_captions_prompts_and_scores(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "finetune", lambda model, x0, words, *_: seen.update(words=words))
+
+    def score(images, words, parts, word):
+        seen.update(scored=words, word=word)
+        return {"parts": torch.ones(1), "identity": torch.ones(1), "prompt": torch.ones(1)}
+
+    monkeypatch.setattr(train, "score", score)
+    monkeypatch.chdir(tmp_path)
+    assert run(train, *FLAGS, "--base", BASE, "--subject", MO, "--word", "zwx") == 0
+    zwx = toy.WORD["zwx"]
+    assert seen["word"] == zwx
+    assert (seen["words"][:, 0] == zwx).all()
+    assert (seen["scored"][:, 0] == zwx).all()
+    assert (tmp_path / "out" / "mo-4bit-zwx-2buckets-minmax" / "adapter.pt").exists()
+
+
 def test_merged_and_packed_sampling_draw_the_same(tuned):
     model = spread(load_model(tuned[0] / "tuned.pt"))  # the buckets differ
     words = torch.tensor([toy.caption("sks creature")] * 2)

@@ -616,6 +616,41 @@ def test_after_an_adapter_with_more_than_deltas_another_is_told_why_it_does_not_
         load_adapter(model, adapter(quantized(1)))
 
 
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        (dict(edges=[0, 300, 1000]), "edges"),
+        (dict(num_buckets=2, columns="channel"), "columns"),
+        (dict(num_buckets=2, seed=1), "another base"),
+    ],
+)
+def test_adapters_of_different_bases_do_not_add(other, sentence):
+    first = adapter(quantized(2))
+    second = adapter(quantized(**{"num_buckets": None, **other}))
+    model = spread(quantized(2))
+    for adapters in ((first, second), (second, first)):
+        before = state_of(model)
+        with pytest.raises(ValueError, match=sentence):
+            load_adapter(model, *adapters)
+        assert_untouched(model, before)
+
+
+def test_only_deltas_add_and_can_be_scaled():
+    tuned = quantized(1)
+    tuned.norm.requires_grad_(True)
+    saved = adapter(tuned)
+    other = quantized(1)
+    other.norm.requires_grad_(True)
+    spread(other)
+    model = quantized(1)
+    for adapters, strength in (((saved, adapter(other)), 1), ((saved,), 0.5)):
+        before = state_of(model)
+        with pytest.raises(ValueError, match="only deltas.*'norm.weight', too; load it alone"):
+            load_adapter(model, *adapters, strength=strength)
+        assert_untouched(model, before)
+    load_adapter(model, saved)
+
+
 @pytest.mark.parametrize("saved", [None, [], {}, {"quant_config": "none"}])
 def test_what_is_no_adapter_is_refused(saved):
     with pytest.raises(ValueError, match="no quant_config"):

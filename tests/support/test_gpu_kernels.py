@@ -308,7 +308,7 @@ def test_kernels_run_on_the_gpu():
 def test_a_run_that_is_resumed_on_the_gpu_ends_in_the_same_bytes(tmp_path, monkeypatch):
     flags = ["--buckets", "2", "--steps", "12", "--batch", "2", "--device", DEVICE]
     args = train.arguments([*flags, "--out", str(tmp_path)])
-    images, captions = toy.load_subject(BASE.parent / "subjects" / "mo", train.SUBJECT_WORD)
+    images, captions = toy.load_subject(BASE.parent / "subjects" / "mo")
     base = quantize(load_model(BASE, DEVICE), 4, 2, calibration="minmax")
     states = []
     monkeypatch.setattr(support.runs, "SAVE_EVERY", 5)
