@@ -11,6 +11,7 @@ Each finished run is a line of the log, a JSON object. Some of its fields are it
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -81,6 +82,16 @@ def append(log: Path, key: dict, found: dict):
         file.write(json.dumps({**key, **found}) + "\n")
 
 
+def is_asked_for(args, name):
+    """True if a pattern of --rows fits the name of a row."""
+    return any(fnmatch(name, pattern) for pattern in args.rows)
+
+
+def is_due(args, name, key):
+    """True if --rows asks for the row of this name and the log has no line with this key."""
+    return is_asked_for(args, name) and not lines(args.log, **key)
+
+
 def parse_with_log(parser):
     """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
     log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
@@ -134,3 +145,95 @@ def mean_sd(values: list[float], digits: int = 2) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {x.std(correction=0):.{digits}f}"
+
+
+def show(args, title, columns, rows):
+    """Print a table; with --write put it where a document has its mark, too, unless it is empty."""
+    table = print_table(title, columns, rows)
+    if args.write and rows:
+        write_table(title, table)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables of runs
+# --------------------------------------------------------------------------------------------------
+
+# What a run is scored by: the keys of the log, and the columns that they become.
+SCORES = {
+    "parts": "parts right",
+    "identity": "whole subject",
+    "both parts": "parts, two in one image",
+    "both identity": "whole, two in one image",
+    "prompt": "prompt right",
+    "red parts": "in other creatures",
+    "world loss": "loss on the world",
+}
+DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
+
+# What two subjects in one image show: shares of the creatures, then numbers of parts.
+SHOWN = {
+    "shown whole": "whole",
+    "shown exchanged": "the other subject",
+    "shown mixed": "some parts the other's",
+    "shown neither": "wrong parts, none the other's",
+    "shown no creature": "no creature",
+    "taken": "parts of the other",
+    "taken by chance": "by chance",
+}
+
+
+def score_columns(found):
+    """The scores that all runs have, in the order of SCORES. found: {row: its runs}."""
+    all_runs = []
+    for runs in found.values():
+        all_runs.extend(runs.values())
+    columns = []
+    for key in SCORES:
+        if all(key in run for run in all_runs):
+            columns.append(key)
+    return columns
+
+
+def show_means(args, title, found):
+    """A table of each row's mean ± standard deviation over subjects and seeds."""
+    columns = score_columns(found)
+    rows = []
+    for name, runs in found.items():
+        if runs:
+            rows.append(row_of_means(name, list(runs.values()), columns))
+    headings = [SCORES[key] for key in columns]
+    show(args, title, ["method", "trained", "adapter bytes", *headings, "runs"], rows)
+
+
+def row_of_means(name, runs, columns):
+    """The cells of a row. What is trained, and its bytes, are those of the first run."""
+    cells = [name, f"{runs[0]['trained']:,}", f"{runs[0]['bytes']:,}"]
+    for key in columns:
+        cells.append(mean_sd([run[key] for run in runs], DIGITS.get(key, 2)))
+    cells.append(str(len(runs)))
+    return cells
+
+
+def show_differences(args, title, found, pairs):
+    """A table of the differences of pairs of rows, subject by subject and seed by seed."""
+    columns = score_columns(found)
+    rows = []
+    for name, yardstick in pairs:
+        both = []  # (run, the yardstick's run) of each subject and seed
+        for key, run in found[name].items():
+            if key in found[yardstick]:
+                both.append((run, found[yardstick][key]))
+        if both:
+            rows.append(row_of_differences(name, yardstick, both, columns))
+    headings = [SCORES[key] for key in columns]
+    show(args, title, ["method", "minus", *headings, "pairs"], rows)
+
+
+def row_of_differences(name, yardstick, both, columns):
+    """The cells of a row of differences. both: pairs of runs."""
+    cells = [name, yardstick]
+    for key in columns:
+        differences = [mine[key] - other[key] for mine, other in both]
+        cells.append(mean_sd(differences, DIGITS.get(key, 2)))
+    cells.append(str(len(both)))
+    return cells

@@ -6,6 +6,7 @@ it trained is in out/NAME, if the log is NAME.jsonl. The losses at the end serve
 too.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,16 @@ from data import toy
 from data.score import read_object, score, spots_at
 from model import Diffusion
 from quant import QuantLayer, adapter, deltas, quantize
+from report import (
+    SCORES,
+    SHOWN,
+    append,
+    is_asked_for,
+    is_due,
+    runs_of,
+    show_differences,
+    show_means,
+)
 from sample import BASE, load_model, sample
 from support.files import file_size
 from support.runs import Run
@@ -219,29 +230,6 @@ POSITION_SETTINGS = by_name(  # for columns by position, on the same two subject
         Row("channel, 500 steps", flags="--steps 500"),
     ]
 )
-
-# What a run is scored by: the keys of the log, and the columns that they become.
-SCORES = {
-    "parts": "parts right",
-    "identity": "whole subject",
-    "both parts": "parts, two in one image",
-    "both identity": "whole, two in one image",
-    "prompt": "prompt right",
-    "red parts": "in other creatures",
-    "world loss": "loss on the world",
-}
-DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
-
-# What two subjects in one image show: shares of the creatures, then numbers of parts.
-SHOWN = {
-    "shown whole": "whole",
-    "shown exchanged": "the other subject",
-    "shown mixed": "some parts the other's",
-    "shown neither": "wrong parts, none the other's",
-    "shown no creature": "no creature",
-    "taken": "parts of the other",
-    "taken by chance": "by chance",
-}
 
 # --------------------------------------------------------------------------------------------------
 # A run: make the model, fine-tune it, score it
@@ -444,6 +432,38 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
         shown["taken"].append(is_creature * taken)
         shown["taken by chance"].append(is_creature * by_chance)
     return {key: torch.cat(values).float().mean().item() for key, values in shown.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# A table of runs
+# --------------------------------------------------------------------------------------------------
+
+
+def fill(args, title, rows, subjects, pairs):
+    """Do what isn't done yet, then show the means of rows and the differences of pairs of rows.
+
+    rows: {name in the tables: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
+    names of rows, the second of which is subtracted from the first.
+    """
+    run_all(args, rows, subjects)
+    found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
+    show_means(args, title, found)
+    show_differences(args, f"{title}: differences", found, pairs)
+
+
+def run_all(args, rows, subjects):
+    """Tune to each subject with each row and seed, if the log doesn't have it."""
+    for row in rows.values():
+        if row.last_commit and is_asked_for(args, row.name):
+            print(row.why_not_run(), file=sys.stderr)
+    rows = [row for row in rows.values() if not row.last_commit]
+    for seed in range(args.seeds):
+        for row in rows:
+            for subject in subjects:
+                key = {"row": row.name, "subject": subject, "seed": seed}
+                asked_for = set(subject.split("+")) <= set(args.subjects)
+                if asked_for and is_due(args, row.name, key):
+                    append(args.log, key, tune(args, row, subject, seed))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ again, and several processes can share the work (--rows, --subjects).
 
 import sys
 from dataclasses import replace
-from fnmatch import fnmatch
 from itertools import combinations
 from pathlib import Path
 
@@ -30,29 +29,28 @@ from recovery import (
     settings_of_thirds,
 )
 from report import (
+    SHOWN,
     append,
     by_seed,
+    is_asked_for,
+    is_due,
     lines,
     mean_sd,
     parse_with_log,
-    print_table,
     runs_of,
-    write_table,
+    show,
 )
 from runs import (
     ABLATIONS,
     DEFAULT,
-    DIGITS,
     GPTQ_SETTINGS,
     ONE_SUBJECT,
     POSITION_SETTINGS,
     RATES,
-    SCORES,
     SEVERAL,
     SHORT,
-    SHOWN,
     WIDTHS,
-    tune,
+    fill,
     validation_loss,
 )
 from sample import BASE, load_model
@@ -77,114 +75,6 @@ TOGETHER = {  # subjects that are tuned at once, by how many they are
     3: ["bix+fen+gil", "luz+ori+tam"],
 }
 
-# --------------------------------------------------------------------------------------------------
-# Any table of runs
-# --------------------------------------------------------------------------------------------------
-
-
-def fill(args, title, rows, subjects, pairs):
-    """Do what isn't done yet, then show the means of rows and the differences of pairs of rows.
-
-    rows: {name in the tables: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
-    names of rows, the second of which is subtracted from the first.
-    """
-    run_all(args, rows, subjects)
-    found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
-    show_means(args, title, found)
-    show_differences(args, f"{title}: differences", found, pairs)
-
-
-def is_asked_for(args, name):
-    """True if a pattern of --rows fits the name of a row."""
-    return any(fnmatch(name, pattern) for pattern in args.rows)
-
-
-def is_due(args, name, key):
-    """True if --rows asks for the row of this name and the log has no line with this key."""
-    return is_asked_for(args, name) and not lines(args.log, **key)
-
-
-def run_all(args, rows, subjects):
-    """Tune to each subject with each row and seed, if the log doesn't have it."""
-    for row in rows.values():
-        if row.last_commit and is_asked_for(args, row.name):
-            print(row.why_not_run(), file=sys.stderr)
-    rows = [row for row in rows.values() if not row.last_commit]
-    for seed in range(args.seeds):
-        for row in rows:
-            for subject in subjects:
-                key = {"row": row.name, "subject": subject, "seed": seed}
-                asked_for = set(subject.split("+")) <= set(args.subjects)
-                if asked_for and is_due(args, row.name, key):
-                    append(args.log, key, tune(args, row, subject, seed))
-
-
-def score_columns(found):
-    """The scores that all runs have, in the order of SCORES. found: {row: its runs}."""
-    all_runs = []
-    for runs in found.values():
-        all_runs.extend(runs.values())
-    columns = []
-    for key in SCORES:
-        if all(key in run for run in all_runs):
-            columns.append(key)
-    return columns
-
-
-def show_means(args, title, found):
-    """A table of each row's mean ± standard deviation over subjects and seeds."""
-    columns = score_columns(found)
-    rows = []
-    for name, runs in found.items():
-        if runs:
-            rows.append(row_of_means(name, list(runs.values()), columns))
-    headings = [SCORES[key] for key in columns]
-    show(args, title, ["method", "trained", "adapter bytes", *headings, "runs"], rows)
-
-
-def row_of_means(name, runs, columns):
-    """The cells of a row. What is trained, and its bytes, are those of the first run."""
-    cells = [name, f"{runs[0]['trained']:,}", f"{runs[0]['bytes']:,}"]
-    for key in columns:
-        cells.append(mean_sd([run[key] for run in runs], DIGITS.get(key, 2)))
-    cells.append(str(len(runs)))
-    return cells
-
-
-def show_differences(args, title, found, pairs):
-    """A table of the differences of pairs of rows, subject by subject and seed by seed."""
-    columns = score_columns(found)
-    rows = []
-    for name, yardstick in pairs:
-        both = []  # (run, the yardstick's run) of each subject and seed
-        for key, run in found[name].items():
-            if key in found[yardstick]:
-                both.append((run, found[yardstick][key]))
-        if both:
-            rows.append(row_of_differences(name, yardstick, both, columns))
-    headings = [SCORES[key] for key in columns]
-    show(args, title, ["method", "minus", *headings, "pairs"], rows)
-
-
-def row_of_differences(name, yardstick, both, columns):
-    """The cells of a row of differences. both: pairs of runs."""
-    cells = [name, yardstick]
-    for key in columns:
-        differences = [mine[key] - other[key] for mine, other in both]
-        cells.append(mean_sd(differences, DIGITS.get(key, 2)))
-    cells.append(str(len(both)))
-    return cells
-
-
-def show(args, title, columns, rows):
-    """Print a table; with --write put it where a document has its mark, too, unless it is empty."""
-    table = print_table(title, columns, rows)
-    if args.write and rows:
-        write_table(title, table)
-
-
-# --------------------------------------------------------------------------------------------------
-# The tables
 # --------------------------------------------------------------------------------------------------
 
 

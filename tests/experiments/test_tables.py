@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, run
 
 import report
+import runs
 import tables
 from data import toy
 from report import append
@@ -52,10 +53,10 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
 
     def fill(**kwargs):
         args = args_of(tmp_path, subjects=("bix", "fen"), **kwargs)
-        tables.fill(args, "t", rows, toy.TABLE, [("b", "a")])
+        runs.fill(args, "t", rows, toy.TABLE, [("b", "a")])
         return capsys.readouterr().out
 
-    monkeypatch.setattr(tables, "tune", tune)
+    monkeypatch.setattr(runs, "tune", tune)
     assert "| b |" not in fill(rows=["a"])
     assert calls == [(rows["a"], "bix", 0), (rows["a"], "fen", 0)]
 
@@ -71,11 +72,11 @@ def test_a_run_is_done_once_and_the_table_says_what_the_log_says(tmp_path, monke
 def test_rows_that_are_in_the_log_alone_are_named_and_the_others_run(tmp_path, monkeypatch, capsys):
     rows = by_name([Row("gone", last_commit="abc"), Row("b")])
     calls = []
-    monkeypatch.setattr(tables, "tune", lambda args, row, *_: calls.append(row.name) or {})
-    tables.run_all(args_of(tmp_path), rows, ["bix"])
+    monkeypatch.setattr(runs, "tune", lambda args, row, *_: calls.append(row.name) or {})
+    runs.run_all(args_of(tmp_path), rows, ["bix"])
     assert calls == ["b"]
     assert capsys.readouterr().err.startswith("'gone' can't be run any more")
-    tables.run_all(args_of(tmp_path, rows=["none"]), rows, ["bix"])
+    runs.run_all(args_of(tmp_path, rows=["none"]), rows, ["bix"])
     assert capsys.readouterr().err == ""
 
 
@@ -149,7 +150,7 @@ def test_scale_sets_stand_beside_their_starts(tmp_path, capsys):
 
 def test_an_empty_table_is_not_written(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(tables, "write_table", lambda title, table: written.append(title))
+    monkeypatch.setattr(report, "write_table", lambda title, table: written.append(title))
     for table in tables.TABLES.values():
         table(args_of(tmp_path, rows=["none"], write=True))
     assert written == []
@@ -189,7 +190,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
     for document, text in wrong.items():
         document.write_text(text, encoding="utf-8")
     monkeypatch.setattr(report, "DOCUMENTS", [readme, results])
-    for work in ("score_base", "tune", "recover", "calibrate_on"):
+    monkeypatch.setattr(runs, "tune", lambda *_: pytest.fail("a run was started"))
+    for work in ("score_base", "recover", "calibrate_on"):
         monkeypatch.setattr(tables, work, lambda *_: pytest.fail("a run was started"))
     monkeypatch.setattr(tables.activations, "measure", lambda *_: pytest.fail("it was measured"))
     monkeypatch.chdir(tmp_path)
