@@ -8,6 +8,7 @@ too.
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from baselines import lora_packed, with_position_rows
 from data import toy
 from data.score import read_object, score, spots_at
 from model import Diffusion
-from quant import QuantLayer, adapter, deltas, quantize
+from quant import QuantLayer, adapter, deltas, load_adapter, quantize
 from report import (
     SCORES,
     SHOWN,
@@ -73,6 +74,7 @@ class Row:
     position_rows: bool = False  # rows by position, too, in plain autograd
     raw_scales: bool = False  # train the scales themselves, and not their deltas
     even_in_log_snr: bool = False  # buckets of equal width in log-SNR, not in t
+    side_by_side: bool = False  # Cut-Mix: some images show two subjects, each in its half
     last_commit: str = ""  # of a row that is in the log alone: the last one that can run it
 
     @property
@@ -319,29 +321,76 @@ def train_raw_scales(model):
             register_parametrization(layer, "d_in_0", RawScale(layer.s_in))
 
 
-def tune(args, row: Row, subject: str, seed: int) -> dict:
+def tune(args, row: Row, subject: str, seed: int, start: dict | None = None) -> dict:
     """Fine-tune to a subject and score it: what the log says of a run.
 
-    subject: its name, or several ("bix+fen"), each of which gets a rare word of its own. Deltas are
-    scored as they were trained; train.py rounds them to float16 first.
+    The arguments are those of fine_tuned. Deltas are scored as they were trained; train.py rounds
+    them to float16 first.
+    """
+    return scores_of(*fine_tuned(args, row, subject, seed, start))
+
+
+def fine_tuned(args, row: Row, subject: str, seed: int, start: dict | None = None):
+    """A model, the arguments of train.py for its run, and {word: the folder of its subject}.
+
+    subject: its name, or several ("bix+fen"), each of which gets a rare word of its own. start: an
+    adapter to begin with. A run that was stopped goes on from the state in its folder, and one that
+    is complete is only read.
     """
     model, run = prepare(args, row, subject, seed)
-    folders = {}
-    for word, name in zip(toy.RARE, subject.split("+")):
-        folders[word] = BASE.parent / "subjects" / name
+    if start is not None:
+        load_adapter(model, start)
+    names = subject.split("+")
+    words = [run.word] if len(names) == 1 else toy.RARE
+    folders = {word: BASE.parent / "subjects" / name for word, name in zip(words, names)}
+    if run.steps > 0:
+        of_subjects = [toy.load_subject(folder, word) for word, folder in folders.items()]
+        images, captions = [torch.cat(tensors) for tensors in zip(*of_subjects)]
+        if row.side_by_side:
+            images, captions = with_pairs(images, captions)
+        run.resume = (run.out / "state.pt").exists()
+        train.finetune(model, images, captions, run, Run(run, "fine-tuning"))
+    return model, run, folders
 
+
+def with_pairs(images: Tensor, captions: Tensor, share: float = 0.6) -> tuple[Tensor, Tensor]:
+    """Cut-Mix (SVDiff, Han et al. 2023, section 3.3): images (N, 3, 16, 16) and images of pairs.
+
+    A pair is the left half of an image and the right half of another one, of another subject. Each
+    subject is whole, because sprites at the left and at the right never overlap. Images and
+    captions (N, SLOTS) are repeated until this share of them shows pairs.
+    """
+    word = captions[:, toy.NAME_SLOTS[0]]
+    place = captions[:, toy.PLACE_SLOT]
+    pairs = []
+    captions_of_pairs = []
+    for a in (place == toy.WORD["left"]).nonzero().flatten():
+        for b in ((place == toy.WORD["right"]) & (word != word[a])).nonzero().flatten():
+            middle = toy.SIZE // 2
+            pairs.append(torch.cat([images[a, ..., :middle], images[b, ..., middle:]], dim=-1))
+            caption = captions[a].clone()
+            caption[toy.PLACE_SLOT] = 0  # as in pretraining, where two objects have no place
+            caption[toy.NAME_SLOTS[1]] = captions[b, toy.NAME_SLOTS[0]]
+            caption[toy.SHAPE_SLOTS[1]] = captions[b, toy.SHAPE_SLOTS[0]]
+            for slot in (toy.COLOR_SLOT, toy.PATTERN_SLOT):
+                caption[slot] *= captions[a, slot] == captions[b, slot]  # empty if halves differ
+            captions_of_pairs.append(caption)
+    if not pairs:
+        raise ValueError("no two subjects stand left and right; choose others")
+    of_pairs = round(100 * share) * len(images)  # how often each is repeated
+    of_each = round(100 * (1 - share)) * len(pairs)
+    images = images.repeat(of_each, 1, 1, 1)
+    captions = captions.repeat(of_each, 1)
+    pairs = torch.stack(pairs).repeat(of_pairs, 1, 1, 1)
+    captions_of_pairs = torch.stack(captions_of_pairs).repeat(of_pairs, 1)
+    return torch.cat([images, pairs]), torch.cat([captions, captions_of_pairs])
+
+
+def scores_of(model, run, folders) -> dict:
+    """What the log says of a fine-tuned model. The arguments are what fine_tuned returns."""
     trained = {}
     if run.steps > 0:
-        images = []
-        captions = []
-        for word, folder in folders.items():
-            images_of_subject, captions_of_subject = toy.load_subject(folder, word)
-            images.append(images_of_subject)
-            captions.append(captions_of_subject)
-        steps = Run(run, "fine-tuning")
-        train.finetune(model, torch.cat(images), torch.cat(captions), run, steps)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
     of_subject = {*trained, *deltas(model)}  # even deltas that aren't trained aren't the base's
     rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
@@ -445,25 +494,30 @@ def fill(args, title, rows, subjects, pairs):
     rows: {name in the tables: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
     names of rows, the second of which is subtracted from the first.
     """
-    run_all(args, rows, subjects)
+    jobs = {}
+    for row in rows.values():
+        if not row.last_commit:
+            jobs[row.name] = partial(tune, args, row)
+        elif is_asked_for(args, row.name):
+            print(row.why_not_run(), file=sys.stderr)
+    run_all(args, jobs, subjects)
     found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
     show_means(args, title, found)
     show_differences(args, f"{title}: differences", found, pairs)
 
 
-def run_all(args, rows, subjects):
-    """Tune to each subject with each row and seed, if the log doesn't have it."""
-    for row in rows.values():
-        if row.last_commit and is_asked_for(args, row.name):
-            print(row.why_not_run(), file=sys.stderr)
-    rows = [row for row in rows.values() if not row.last_commit]
+def run_all(args, jobs, subjects):
+    """Do each job with each subject and seed, if the log doesn't have it.
+
+    jobs: {name in the log: a function of subject and seed that returns what the log says of it}.
+    """
     for seed in range(args.seeds):
-        for row in rows:
+        for name, job in jobs.items():
             for subject in subjects:
-                key = {"row": row.name, "subject": subject, "seed": seed}
+                key = {"row": name, "subject": subject, "seed": seed}
                 asked_for = set(subject.split("+")) <= set(args.subjects)
-                if asked_for and is_due(args, row.name, key):
-                    append(args.log, key, tune(args, row, subject, seed))
+                if asked_for and is_due(args, name, key):
+                    append(args.log, key, job(subject, seed))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -73,10 +73,11 @@ def test_rows_that_are_in_the_log_alone_are_named_and_the_others_run(tmp_path, m
     rows = by_name([Row("gone", last_commit="abc"), Row("b")])
     calls = []
     monkeypatch.setattr(runs, "tune", lambda args, row, *_: calls.append(row.name) or {})
-    runs.run_all(args_of(tmp_path), rows, ["bix"])
+    monkeypatch.setattr(runs, "show_means", lambda *_: None)
+    runs.fill(args_of(tmp_path), "t", rows, ["bix"], [])
     assert calls == ["b"]
     assert capsys.readouterr().err.startswith("'gone' can't be run any more")
-    runs.run_all(args_of(tmp_path, rows=["none"]), rows, ["bix"])
+    runs.fill(args_of(tmp_path, rows=["none"]), "t", rows, ["bix"], [])
     assert capsys.readouterr().err == ""
 
 
