@@ -348,9 +348,18 @@ def fine_tuned(args, row: Row, subject: str, seed: int, start: dict | None = Non
         images, captions = [torch.cat(tensors) for tensors in zip(*of_subjects)]
         if row.side_by_side:
             images, captions = with_pairs(images, captions)
-        run.resume = (run.out / "state.pt").exists()
-        train.finetune(model, images, captions, run, Run(run, "fine-tuning"))
+        train.finetune(model, images, captions, run, resumed(run))
     return model, run, folders
+
+
+def resumed(run) -> Run:
+    """A Run that goes on from the state in its folder, or starts if there is none that fits."""
+    run.resume = True
+    try:
+        return Run(run, "fine-tuning")
+    except ValueError:
+        run.resume = False
+        return Run(run, "fine-tuning")
 
 
 def with_pairs(images: Tensor, captions: Tensor, share: float = 0.6) -> tuple[Tensor, Tensor]:
