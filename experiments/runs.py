@@ -6,6 +6,7 @@ it trained is in out/NAME, if the log is NAME.jsonl. The losses at the end serve
 too.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -355,11 +356,10 @@ def fine_tuned(args, row: Row, subject: str, seed: int, start: dict | None = Non
 def resumed(run) -> Run:
     """A Run that goes on from the state in its folder, or starts if there is none that fits."""
     run.resume = True
-    try:
+    with contextlib.suppress(ValueError):
         return Run(run, "fine-tuning")
-    except ValueError:
-        run.resume = False
-        return Run(run, "fine-tuning")
+    run.resume = False  # the state is of other flags
+    return Run(run, "fine-tuning")
 
 
 def with_pairs(images: Tensor, captions: Tensor, share: float = 0.6) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,11 @@ import runs
 from baselines import with_position_rows
 from calibrate import rowcol
 from data import toy
+from data.score import read_object, spots_at
 from model import Diffusion, UNet
 from quant import QuantLayer, bucket, current, deltas, quantize
 from recovery import Recovery
+from runs import Row
 from sample import sample
 from support.files import save
 
@@ -111,6 +113,53 @@ def test_a_random_start_follows_the_seed(small_base, tmp_path):
     for key, value in first.items():
         assert torch.equal(value, again[key]), key
         assert torch.equal(value, other[key]) != ("lora_a" in key), key
+
+
+def test_a_run_goes_on_from_its_state_unless_that_is_of_other_flags(
+    small_base, tmp_path, monkeypatch
+):
+    steps = []
+    draw_batch = runs.train.draw_batch
+    monkeypatch.setattr(
+        runs.train, "draw_batch", lambda *args: steps.append(1) or draw_batch(*args)
+    )
+
+    def deltas_after(flags):
+        row = Row("a", flags=f"--steps 3 --batch 2 --calibration minmax {flags}")
+        model, _, _ = runs.fine_tuned(args_in(tmp_path), row, "bix", 0)
+        return torch.cat(list(deltas(model).values()))
+
+    first = deltas_after("")
+    assert first.any()
+    assert torch.equal(deltas_after(""), first)
+    assert len(steps) == 3
+    assert not torch.equal(deltas_after("--lr 0.01"), first)
+    assert len(steps) == 6
+
+
+def test_images_of_pairs_show_both_subjects_whole_and_say_so():
+    folder = runs.BASE.parent / "subjects"
+    of_subjects = [toy.load_subject(folder / "bix", "sks"), toy.load_subject(folder / "fen", "zwx")]
+    images, captions = [torch.cat(tensors) for tensors in zip(*of_subjects)]
+    x0, words = runs.with_pairs(images, captions)
+    is_pair = words[:, toy.NAME_SLOTS[1]] != 0
+    assert is_pair.float().mean() == pytest.approx(0.6)
+
+    # images as they are: each as often as any other
+    rows, counts = x0[~is_pair].flatten(1).unique(dim=0, return_counts=True)
+    assert len(rows) == len(images.flatten(1).unique(dim=0))
+    assert set(counts.tolist()) <= {counts.min().item() * k for k in (1, 2, 3)}
+
+    x0, words = x0[is_pair], words[is_pair]
+    assert (words[:, 0] != words[:, 2]).all()
+    assert not words[:, toy.PLACE_SLOT].any()
+    parts = {toy.WORD["sks"]: "bix", toy.WORD["zwx"]: "fen"}
+    for place, slot in (("left", 0), ("right", 2)):
+        creature, _ = read_object(x0, spots_at(place), creatures=True)
+        for word, name in parts.items():
+            found = toy.sprites().parts[creature[words[:, slot] == word]]
+            assert len(found) > 0
+            assert (found == toy.read_parts(folder / name)).all()
 
 
 def test_buckets_even_in_log_snr():
