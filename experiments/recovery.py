@@ -1,10 +1,12 @@
 """Recovery: tune a quantized base on the pretraining set. How near does it come to the float one?
 
-The task of the paper's table of CIFAR-10 in miniature: each step has new images, and there is no
-subject. And one question to gptq, without tuning: from which timesteps must its data come?
+The task of the paper's table of CIFAR-10 in miniature: there is no subject. Each step has new
+images, unless a setting has a fixed set of them. And one question to gptq, without tuning: from
+which timesteps must its data come?
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -12,11 +14,14 @@ from tqdm import tqdm
 from baselines import lora_packed
 from calibrate import CALIBRATIONS
 from data import toy
-from quant import quantize
-from runs import DIFFUSION, WIDTHS, PartOfTime, squared_error, validation_loss
+from quant import adapter, quantize
+from report import append, is_due
+from runs import DIFFUSION, WIDTHS, PartOfTime, losses, squared_error, validation_loss
 from sample import BASE, load_model
+from support.files import load, save
 from train import calibration_data
 
+YOUNG = Path("out/young/base.pt")  # made by pretrain.py --steps 4000 --out out/young
 STEPS = 300  # of tuning, unless a setting says otherwise
 LR_SCALES = 0.003  # learning rates, by what is trained
 LR_LORA = 0.01
@@ -34,6 +39,8 @@ METHODS = {  # the scales that are trained, the number of their sets, the column
     "by position, N = 4": ("out+in", 4, "position"),
     "LoRA r = 2, packed base": None,
 }
+COMPARED = list(METHODS)  # in the table of scale sets
+METHODS["by position, N = 3"] = ("out+in", 3, "position")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Recovery:
     calibration: str
     method: str = ONE_SET
     steps: int = STEPS
+    scenes: int = 0  # how many there are to train on; 0: each step has new ones
+    young: bool = False  # from a base that was pretrained for a fifth of the steps
 
     @property
     def start(self) -> str:
@@ -58,6 +67,10 @@ class Recovery:
             name += f", {self.method}"
         if self.steps != STEPS:
             name += f", {self.steps} steps"
+        if self.scenes:
+            name += f", {self.scenes} scenes"
+        if self.young:
+            name += ", young base"
         return name
 
 
@@ -74,9 +87,9 @@ def settings_of_scale_sets() -> list[Recovery]:
     """Every method from three starts, then four methods for ten times as long."""
     settings = []
     for bits, calibration in ((4, "rowcol"), (4, "gptq"), (2, "gptq")):
-        for method in METHODS:
+        for method in COMPARED:
             settings.append(Recovery(bits, calibration, method))
-    for method in list(METHODS)[:4]:
+    for method in COMPARED[:4]:
         settings.append(Recovery(4, "gptq", method, steps=3000))
     return settings
 
@@ -109,7 +122,7 @@ def calibrate_on(third: str, bits: int, seed: int) -> dict[str, float]:
 
 def prepare(setting: Recovery, seed: int):
     """The model of a setting before it is tuned, and its learning rate."""
-    model = load_model(BASE)
+    model = load_model(YOUNG if setting.young else BASE)
     if setting.bits == 32:
         return model, LR_FLOAT
     data = calibration_data(seed=seed)  # other data for each seed: how much do they matter?
@@ -133,26 +146,72 @@ def prepare(setting: Recovery, seed: int):
 def recover(setting: Recovery, seed: int, steps_divisor: int = 1) -> dict:
     """Quantize the base and tune it on the pretraining set.
 
-    Returns the validation loss before and after, and how many numbers were trained. steps_divisor:
-    what the number of steps is divided by.
+    Returns the validation loss before and after, how many numbers were trained, and, if the scenes
+    to train on are fixed, the loss on them. steps_divisor: what the number of steps is divided by.
     """
     model, lr = prepare(setting, seed)
     before = validation_loss(model)
+    fixed = None
+    if setting.scenes:
+        fixed = toy.sample_scenes(setting.scenes, torch.Generator().manual_seed(1000 + seed))
+    tune(model, setting.name, lr, setting.steps // steps_divisor, seed, fixed)
+    found = {
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "before": before,
+        "after": validation_loss(model),
+    }
+    if fixed:
+        found["on its scenes"] = loss_on(model, *fixed)
+    return found
 
-    steps = setting.steps // steps_divisor
+
+def tune(model, name, lr, steps, seed, fixed=None):
+    """Train what requires a gradient, on 64 scenes a step, at a rate that falls from lr to zero.
+
+    fixed: images and captions to draw from; by default all scenes are new. name: of the bar.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(trained)
-    for step in tqdm(range(steps), setting.name):
+    for step in tqdm(range(steps), name):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        x0, words = toy.sample_scenes(64, generator)
+        if fixed:
+            pick = torch.randint(len(fixed[0]), (64,), generator=generator)
+            x0, words = (tensor[pick] for tensor in fixed)
+        else:
+            x0, words = toy.sample_scenes(64, generator)
         t = DIFFUSION.draw_timesteps(64, generator)
         eps = torch.randn(x0.shape, generator=generator)
         optimizer.zero_grad()
         squared_error(model, x0, words, t, eps).mean().backward()
         optimizer.step()
-    return {
-        "trained": sum(p.numel() for p in trained),
-        "before": before,
-        "after": validation_loss(model),
-    }
+
+
+def loss_on(model, x0, words, n=1024) -> float:
+    """The loss on scenes, with n fixed timesteps and noises: each scene comes equally often."""
+    generator = torch.Generator().manual_seed(12345)
+    t = DIFFUSION.draw_timesteps(n, generator)
+    times = n // len(x0)
+    x0, words = x0.repeat(times, 1, 1, 1), words.repeat(times, 1)
+    return losses(model, x0, words, t, generator).mean().item()
+
+
+def recovered(args, setting: Recovery, seed: int) -> dict:
+    """The adapter of a setting after tuning. It stays in a file, for the next who asks."""
+    path = Path("out") / args.log.stem / "recovered" / f"{setting.name}, {seed}.pt"
+    if not path.exists():
+        model, lr = prepare(setting, seed)
+        tune(model, setting.name, lr, setting.steps // args.steps_divisor, seed)
+        save({"kind": "adapter", **adapter(model)}, path)
+    return load(path, "adapter")
+
+
+def recover_all(args, settings):
+    """Tune with each setting and seed, if the log doesn't have it."""
+    for seed in range(args.seeds):
+        for setting in settings:
+            if seed > 0 and setting.steps > STEPS:
+                continue  # ten times as long, so one seed has to do
+            key = {"recovery": setting.name, "seed": seed}
+            if is_due(args, setting.name, key):
+                append(args.log, key, recover(setting, seed, args.steps_divisor))

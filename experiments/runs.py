@@ -512,7 +512,8 @@ def fill(args, title, rows, subjects, pairs):
     run_all(args, jobs, subjects)
     found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
     show_means(args, title, found)
-    show_differences(args, f"{title}: differences", found, pairs)
+    if pairs:
+        show_differences(args, f"{title}: differences", found, pairs)
 
 
 def run_all(args, jobs, subjects):

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import activations
+import claims
 from data import toy
 from pretrain import score_base
 from quant import quantize
@@ -23,7 +24,7 @@ from recovery import (
     STEPS,
     THIRDS,
     calibrate_on,
-    recover,
+    recover_all,
     settings_of_calibrations,
     settings_of_scale_sets,
     settings_of_thirds,
@@ -218,17 +219,6 @@ def recovery(args):
     show_scale_sets_in_short(args, scale_sets)
 
 
-def recover_all(args, settings):
-    """Tune with each setting and seed, if the log doesn't have it."""
-    for seed in range(args.seeds):
-        for setting in settings:
-            if seed > 0 and setting.steps > STEPS:
-                continue  # ten times as long, so one seed has to do
-            key = {"recovery": setting.name, "seed": seed}
-            if is_due(args, setting.name, key):
-                append(args.log, key, recover(setting, seed, args.steps_divisor))
-
-
 def run_thirds(args):
     """Calibrate by gptq with data of some timesteps only, if the log doesn't have it."""
     for seed in range(args.seeds):
@@ -335,6 +325,7 @@ TABLES = {
     "activations": of_activations,
     "tuning": tuning,
     "columns": columns,
+    **claims.TABLES,
 }
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton, if it is installed, reads it when imported
 
 import pretrain
 import train
+from data import toy
+from model import UNet
 from quant import deltas
+from support.files import save
 from support.flags import guard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +75,29 @@ def spread(model, seed=1):
     for delta in deltas(model).values():
         delta.copy_(torch.rand(delta.shape, generator=generator) - 0.5)
     return model
+
+
+@pytest.fixture
+def small_base(tmp_path, monkeypatch):
+    """A base that tests have time for, in place of the shipped one; runs write beside it."""
+    import recovery
+    import runs
+
+    model = UNet(
+        channels=(16, 32),
+        attention=(1,),
+        c_emb=32,
+        c_words=16,
+        vocab=len(toy.VOCAB),
+        slots=toy.SLOTS,
+    )
+    nn.init.normal_(model.out.weight, std=0.02)  # not zeros: no bucket would matter
+    base = tmp_path / "base.pt"
+    save({"kind": "model", "config": model.config, "model": model.state_dict()}, base)
+    (tmp_path / "subjects").symlink_to(runs.BASE.parent / "subjects")
+    for module in (runs, recovery):
+        monkeypatch.setattr(module, "BASE", base)
+    monkeypatch.chdir(tmp_path)
 
 
 def contents_of(model):

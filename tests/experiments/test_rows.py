@@ -15,33 +15,13 @@ from baselines import with_position_rows
 from calibrate import rowcol
 from data import toy
 from data.score import read_object, spots_at
-from model import Diffusion, UNet
+from model import Diffusion
 from quant import QuantLayer, bucket, current, deltas, quantize
 from recovery import Recovery
 from runs import Row
 from sample import sample
-from support.files import save
 
 ROWS = {**runs.ONE_SUBJECT, **runs.ABLATIONS}
-
-
-@pytest.fixture
-def small_base(tmp_path, monkeypatch):
-    """A base that tests have time for, in place of the shipped one; runs write beside it."""
-    model = UNet(
-        channels=(16, 32),
-        attention=(1,),
-        c_emb=32,
-        c_words=16,
-        vocab=len(toy.VOCAB),
-        slots=toy.SLOTS,
-    )
-    nn.init.normal_(model.out.weight, std=0.02)  # not zeros: no bucket would matter
-    base = tmp_path / "base.pt"
-    save({"kind": "model", "config": model.config, "model": model.state_dict()}, base)
-    (tmp_path / "subjects").symlink_to(runs.BASE.parent / "subjects")
-    monkeypatch.setattr(runs, "BASE", base)
-    monkeypatch.chdir(tmp_path)
 
 
 def args_in(folder):

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 from conftest import ROOT, run
 
+import recovery
 import report
 import runs
 import tables
@@ -120,7 +121,7 @@ def test_recovery_is_a_share_of_the_gap(tmp_path, monkeypatch, capsys):
         before, after = found[setting.bits, setting.calibration]
         return {"before": before, "after": after + 0.001 * (seed - 1)}
 
-    monkeypatch.setattr(tables, "recover", recover)
+    monkeypatch.setattr(recovery, "recover", recover)
     tables.recovery(args_of(tmp_path, rows=["32*", "4 bits, mse", "2 bits, minmax"], seeds=3))
     tables.recovery(args_of(tmp_path, rows=["none"]))
     out = capsys.readouterr().out
@@ -192,7 +193,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
         document.write_text(text, encoding="utf-8")
     monkeypatch.setattr(report, "DOCUMENTS", [readme, results])
     monkeypatch.setattr(runs, "tune", lambda *_: pytest.fail("a run was started"))
-    for work in ("score_base", "recover", "calibrate_on"):
+    monkeypatch.setattr(recovery, "recover", lambda *_: pytest.fail("a run was started"))
+    for work in ("score_base", "calibrate_on"):
         monkeypatch.setattr(tables, work, lambda *_: pytest.fail("a run was started"))
     monkeypatch.setattr(tables.activations, "measure", lambda *_: pytest.fail("it was measured"))
     monkeypatch.chdir(tmp_path)

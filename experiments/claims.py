@@ -1,0 +1,300 @@
+"""Tables of tables.py: claims of the paper where they can show, and what trained deltas can do.
+
+The paper's claims need a set of training scenes that is small enough to overfit, a base that has
+not converged, scales that act at some timesteps only, and scores against steps. Deltas stand in an
+exponent, so adapters can be added and scaled, and one can start from another.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from data import toy
+from quant import adapter, deltas, load_adapter
+from recovery import ONE_SET, STEPS, Recovery, prepare, recover_all, recovered
+from report import (
+    append,
+    by_seed,
+    is_due,
+    mean_sd,
+    runs_of,
+    show,
+    show_differences,
+    show_means,
+)
+from runs import (
+    RATES,
+    SHORT,
+    Row,
+    by_name,
+    fill,
+    fine_tuned,
+    run_all,
+    scores_of,
+    tune,
+    validation_loss,
+)
+
+POSITION = "by position, N = 1, 4 bits"
+PAIRS = ["bix+fen", "gil+luz", "ori+tam"]  # subjects that are tuned at once, or added
+
+
+def named(row, name, flags=""):
+    """A row like this one, with another name and more flags of train.py."""
+    return replace(row, name=name, flags=f"{row.flags} {flags}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Claims about scale sets and bits: recovery
+# --------------------------------------------------------------------------------------------------
+
+SCALE_SETS = ["PEQA", *[f"TuneQDM, N = {n}" for n in (1, 2, 4, 8)]]
+
+
+def overfitting(args):
+    """Do four scale sets overfit, and two not? Recovery on a fixed set of scenes."""
+    settings = []
+    for steps in (STEPS, 10 * STEPS):
+        for scenes in (256, 1024):
+            for method in SCALE_SETS:
+                settings.append(Recovery(4, "rowcol", method, steps, scenes))
+    recover_all(args, settings)
+    rows = []
+    for setting in settings:
+        runs = by_seed(args, recovery=setting.name)
+        if runs:
+            one_set = by_seed(args, recovery=replace(setting, method=ONE_SET).name)
+            cells = [str(setting.scenes), str(setting.steps), setting.method]
+            for key in ("on its scenes", "after"):
+                cells.append(mean_sd([run[key] for run in runs.values()], 5))
+            cells.append(difference(runs, one_set))
+            rows.append([*cells, str(len(runs))])
+    columns = ["scenes", "steps", "method", "loss on them", "validation loss", f"minus {ONE_SET}"]
+    show(args, "a fixed set of scenes", [*columns, "runs"], rows)
+
+
+def difference(runs, others):
+    """The cell of the difference of two settings' losses after tuning, seed by seed."""
+    both = [seed for seed in runs if seed in others and runs[seed] != others[seed]]
+    if not both:
+        return ""
+    return mean_sd([runs[seed]["after"] - others[seed]["after"] for seed in both], 5)
+
+
+def young_base(args):
+    """Is a tuned 8-bit model better than its float original, if that has not converged?"""
+    settings = []
+    for steps in (STEPS, 10 * STEPS):
+        settings.append(Recovery(32, "full precision", steps=steps, young=True))
+        for method in (ONE_SET, "TuneQDM, N = 2", "by position, N = 1", "LoRA r = 2, packed base"):
+            settings.append(Recovery(8, "rowcol", method, steps, young=True))
+    recover_all(args, settings)
+    rows = []
+    for setting in settings:
+        runs = by_seed(args, recovery=setting.name).values()
+        floats = by_seed(args, recovery=settings[0].name)
+        if runs and floats:
+            method = "full precision" if setting.bits == 32 else f"{setting.method}, 8 bits"
+            cells = [method, str(setting.steps)]
+            for key in ("before", "after"):
+                cells.append(mean_sd([run[key] for run in runs], 5))
+            floor = next(iter(floats.values()))["before"]  # the loss of the float base
+            cells.append(mean_sd([run["after"] - floor for run in runs], 5))
+            rows.append([*cells, str(len(runs))])
+    columns = ["method", "steps", "before", "tuned", "minus the float base", "runs"]
+    show(args, "a young base", columns, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scales at some timesteps only
+# --------------------------------------------------------------------------------------------------
+
+KEPT = {  # which of three scale sets, 0 at low t, are kept after tuning; the others are the base's
+    "all timesteps": (0, 1, 2),
+    "the first third": (0,),
+    "the middle third": (1,),
+    "the last third": (2,),
+    "the first two thirds": (0, 1),
+    "the last two thirds": (1, 2),
+}
+RECOVERY_OF_THIRDS = Recovery(4, "rowcol", "by position, N = 3")
+THREE_SETS = named(SHORT[POSITION], "by position, N = 3, 4 bits, 500 steps", "--buckets 3")
+
+
+def thirds(args):
+    """Which third of the timesteps makes the subject?
+
+    The sets of a run don't influence each other: a sample's loss depends on its own bucket alone.
+    So one run with three sets says what each of them would do if it were trained alone.
+    """
+    found = {}
+    jobs = {}
+    for name, kept in KEPT.items():
+        jobs[f"{THREE_SETS.name}, {name}"] = partial(tune_and_keep, args, kept)
+    run_all(args, jobs, toy.TABLE)
+    for name in KEPT:
+        found[name] = runs_of(args, f"{THREE_SETS.name}, {name}", toy.TABLE)
+    show_means(args, "thirds of the timesteps", found)
+    thirds_of_recovery(args)
+
+
+def tune_and_keep(args, kept, subject, seed):
+    """Fine-tune with three scale sets and keep some: what the log says of it."""
+    model, run, folders = fine_tuned(args, THREE_SETS, subject, seed)
+    keep_buckets(model, kept)
+    return scores_of(model, run, folders)
+
+
+def thirds_of_recovery(args):
+    """The same question for the whole world: how much of the loss does each third recover?"""
+    rows = []
+    for name, kept in {"none": (), **KEPT}.items():
+        log_name = f"{RECOVERY_OF_THIRDS.name}, {name}"
+        for seed in range(args.seeds):
+            key = {"recovery": log_name, "seed": seed}
+            if is_due(args, log_name, key):
+                model, _ = prepare(RECOVERY_OF_THIRDS, seed)
+                load_adapter(model, recovered(args, RECOVERY_OF_THIRDS, seed))
+                keep_buckets(model, kept)
+                append(args.log, key, {"after": validation_loss(model)})
+        runs = by_seed(args, recovery=log_name).values()
+        if runs:
+            rows.append([name, mean_sd([run["after"] for run in runs], 5), str(len(runs))])
+    columns = ["tuned scales at", "validation loss", "runs"]
+    show(args, "thirds of the timesteps, recovery", columns, rows)
+
+
+@torch.no_grad()
+def keep_buckets(model, kept):
+    """Set the deltas of all other buckets to zero."""
+    for name, delta in deltas(model).items():
+        if int(name.rsplit("_", 1)[1]) not in kept:
+            delta.zero_()
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores against steps
+# --------------------------------------------------------------------------------------------------
+
+METHODS_BY_STEPS = {  # without --steps
+    **{name.replace(", 500 steps", ""): row for name, row in RATES.items() if row.bits == 32},
+    "paper's columns, N = 1, 4 bits": SHORT["paper's columns, N = 1, 4 bits"],
+    POSITION: SHORT[POSITION],
+    "LoRA r = 2, 4 bits": SHORT["LoRA r = 2, 4 bits"],
+}
+STEPS_TRIED = (100, 200, 500, 1000, 2000)
+
+
+def rows_by_steps() -> dict[str, Row]:
+    """Each method with each number of steps."""
+    rows = []
+    for method, row in METHODS_BY_STEPS.items():
+        for steps in STEPS_TRIED:
+            rows.append(named(row, f"{method}, {steps} steps", f"--steps {steps}"))
+    return by_name(rows)
+
+
+def by_steps(args):
+    """Who needs fewer steps, who forgets more of the world on the way?"""
+    fill(args, "scores against steps", rows_by_steps(), toy.TUNING, [])
+
+
+# --------------------------------------------------------------------------------------------------
+# Several subjects, and adapters that add
+# --------------------------------------------------------------------------------------------------
+
+SECOND = named(SHORT[POSITION], f"{POSITION}, zwx, 500 steps", "--word zwx")
+TOGETHER = {}  # rows of two subjects in one run, with and without images of both
+for method in ("full precision", POSITION, "by position, N = 2, 4 bits"):
+    TOGETHER[method] = named(SHORT[method], f"{method}, together, 1000 steps", "--steps 1000")
+    TOGETHER[f"{method}, side by side"] = replace(
+        TOGETHER[method],
+        name=f"{method}, side by side, together, 1000 steps",
+        side_by_side=True,
+    )
+ADDED = f"{POSITION}, apart and added, 500 steps each"
+
+
+def adding(args):
+    """Two subjects: together, together with images of both, and apart, their adapters added."""
+    pairs = []
+    for method in ("full precision", POSITION, "by position, N = 2, 4 bits"):
+        pairs.append((f"{method}, side by side", method))
+    for name in (POSITION, f"{POSITION}, side by side"):
+        pairs.append((name, "full precision"))
+    pairs += [("apart and added", POSITION), ("apart and added", "full precision")]
+
+    jobs = {row.name: partial(tune, args, row) for row in TOGETHER.values()}
+    run_all(args, {**jobs, ADDED: partial(add, args)}, PAIRS)
+    found = {name: runs_of(args, row.name, PAIRS) for name, row in TOGETHER.items()}
+    found["apart and added"] = runs_of(args, ADDED, PAIRS)
+    show_means(args, "two subjects, together and added", found)
+    show_differences(args, "two subjects, together and added: differences", found, pairs)
+
+
+def add(args, subjects, seed):
+    """Tune to two subjects apart, each with a word of its own, and add: what the log says of it."""
+    first, second = subjects.split("+")
+    model, run, folders = fine_tuned(args, SHORT[POSITION], first, seed)
+    other, _, folders_of_other = fine_tuned(args, SECOND, second, seed)
+    load_adapter(model, adapter(model), adapter(other))
+    return scores_of(model, run, {**folders, **folders_of_other})
+
+
+RECOVERY = Recovery(4, "rowcol", "by position, N = 1")
+
+
+def on_recovery(args):
+    """A subject on top of a recovered base: does it start better, forget less?"""
+    row = SHORT[POSITION]
+    on_top = replace(row, name=f"{POSITION}, recovered first, 500 steps")
+    added = f"{POSITION}, recovery added, 500 steps"
+
+    def tune_on_top(subject, seed):
+        return tune(args, on_top, subject, seed, recovered(args, RECOVERY, seed))
+
+    def add_recovery(subject, seed):
+        model, run, folders = fine_tuned(args, row, subject, seed)
+        load_adapter(model, adapter(model), recovered(args, RECOVERY, seed))
+        return scores_of(model, run, folders)
+
+    run_all(args, {on_top.name: tune_on_top, added: add_recovery}, toy.TABLE)
+    found = {}
+    names = {POSITION: row.name, "recovered first": on_top.name, "recovery added": added}
+    for name, in_log in names.items():
+        found[name] = runs_of(args, in_log, toy.TABLE)
+    show_means(args, "a subject and a recovered base", found)
+    pairs = [(name, POSITION) for name in ("recovered first", "recovery added")]
+    show_differences(args, "a subject and a recovered base: differences", found, pairs)
+
+
+STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
+
+
+def strengths(args):
+    """An adapter times 0 to 1.5: what is learned, and what drifts."""
+    row = SHORT[POSITION]
+
+    def scale(strength, subject, seed):
+        model, run, folders = fine_tuned(args, row, subject, seed)
+        load_adapter(model, adapter(model), strength=strength)
+        return scores_of(model, run, folders)
+
+    jobs = {f"{row.name}, times {strength}": partial(scale, strength) for strength in STRENGTHS}
+    run_all(args, jobs, toy.TABLE)
+    found = {}
+    for strength in STRENGTHS:
+        found[f"times {strength}"] = runs_of(args, f"{row.name}, times {strength}", toy.TABLE)
+    show_means(args, "strength", found)
+
+
+TABLES = {
+    "overfitting": overfitting,
+    "young": young_base,
+    "thirds": thirds,
+    "steps": by_steps,
+    "adding": adding,
+    "recovered": on_recovery,
+    "strength": strengths,
+}
