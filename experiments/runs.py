@@ -147,11 +147,13 @@ def rows_of_500_steps() -> dict[str, Row]:
 
 
 def rows_of_rates() -> dict[str, Row]:
-    """Full precision and each LoRA of the README's rows, at three learning rates."""
+    """Full precision and each LoRA of the README's rows, at several learning rates."""
     rows = []
     for name, row in SHORT.items():
         if row.lora or name == "full precision":
-            for lr in ("0.0015", "0.003", "0.006") if row.lora else ("0.0005", "0.001", "0.002"):
+            for lr in (
+                ("0.0015", "0.003", "0.006", "0.012") if row.lora else ("0.0005", "0.001", "0.002")
+            ):
                 flags = f"{row.flags} --lr {lr}"
                 rows.append(replace(row, name=f"{row.name}, lr {lr}", flags=flags))
     return by_name(rows)
