@@ -151,9 +151,8 @@ def rows_of_rates() -> dict[str, Row]:
     rows = []
     for name, row in SHORT.items():
         if row.lora or name == "full precision":
-            for lr in (
-                ("0.0015", "0.003", "0.006", "0.012") if row.lora else ("0.0005", "0.001", "0.002")
-            ):
+            of_lora = ("0.0015", "0.003", "0.006", "0.012")
+            for lr in of_lora if row.lora else ("0.0005", "0.001", "0.002"):
                 flags = f"{row.flags} --lr {lr}"
                 rows.append(replace(row, name=f"{row.name}, lr {lr}", flags=flags))
     return by_name(rows)
