@@ -9,9 +9,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.parametrize import register_parametrization
 
 from calibrate import minmax, rowcol
-from quant import QuantConv2d, quantize
+from quant import QuantConv2d, QuantLayer, quantize
 
 
 class LoRA(nn.Module):
@@ -104,6 +105,32 @@ def with_position_rows(quantized, model):
         if isinstance(layer, QuantConv2d) and layer.shape[2:] != (1, 1):
             quantized.set_submodule(name, PositionRows(model.get_submodule(name), layer.n_bits))
     return quantized
+
+
+class RawScale(nn.Module):
+    """A parametrization: train a scale s = s0 * exp(d) itself, as the paper does, and not its d.
+
+    A scale below a thousandth of s0 counts as that, so that d is finite. s0 and s: (C,), for the
+    scales of rows or of columns.
+    """
+
+    def __init__(self, s0):
+        super().__init__()
+        self.register_buffer("s0", s0, persistent=False)  # the layer has it already
+
+    def forward(self, s):
+        return (s / self.s0).clamp(min=1e-3).log()
+
+    def right_inverse(self, d):
+        return self.s0 * d.exp()
+
+
+def train_raw_scales(model):
+    """Let the scales of a quantized model with one bucket be trained, and not their deltas."""
+    for layer in list(model.modules()):
+        if isinstance(layer, QuantLayer):
+            register_parametrization(layer, "d_out_0", RawScale(layer.s_out))
+            register_parametrization(layer, "d_in_0", RawScale(layer.s_in))
 
 
 def swap(model, make):

@@ -8,20 +8,20 @@ too.
 
 import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch import Tensor
 
 import train
-from baselines import lora_packed, with_position_rows
+from baselines import lora_packed, train_raw_scales, with_position_rows
 from data import toy
 from data.score import read_object, score, spots_at
 from model import Diffusion
-from quant import QuantLayer, adapter, deltas, load_adapter, quantize
+from quant import adapter, deltas, load_adapter, quantize
 from report import (
     SCORES,
     SHOWN,
@@ -56,6 +56,25 @@ class PartOfTime(Diffusion):
 # Rows: the methods
 # --------------------------------------------------------------------------------------------------
 
+
+def log_snr_edges(num_buckets: int) -> tuple[int, ...]:
+    """The edges, in timesteps from 0 to T, of buckets that are equally wide in log-SNR.
+
+    The log-SNR, log(abar_t / (1 - abar_t)), falls as t rises. It is cut into equal parts, and a
+    bucket starts at the first timestep below the upper end of its part. With more than 8 buckets
+    some would be empty, and quantize refuses the edges.
+    """
+    log_snr = DIFFUSION.alphas_cumprod.logit()  # (T,)
+    levels = torch.linspace(log_snr[0], log_snr[-1], num_buckets + 1, dtype=log_snr.dtype)
+    starts = [int((log_snr >= level).sum()) for level in levels[1:-1]]
+    return (0, *starts, DIFFUSION.T)
+
+
+def position_rows(model):
+    """Give each position of a kernel rows and columns of its own."""
+    with_position_rows(model, load_model(BASE).requires_grad_(False))
+
+
 WIDTHS = (4, 3, 2, 8)  # bits, in the order of the table of one subject: 4, the yardstick, first
 
 
@@ -72,9 +91,8 @@ class Row:
     flags: str = ""  # the other flags of train.py; steps are 1,000 if it doesn't name them
     method: str = ""  # the name without the bits, in the table of one subject
     lora: int = 0  # the rank of LoRA on the packed base, which is trained in the place of scales
-    position_rows: bool = False  # rows by position, too, in plain autograd
-    raw_scales: bool = False  # train the scales themselves, and not their deltas
-    even_in_log_snr: bool = False  # buckets of equal width in log-SNR, not in t
+    edges: tuple[float, ...] | None = None  # of the buckets, if they aren't equally wide
+    change: Callable | None = None  # what is done to the model after quantize
     side_by_side: bool = False  # Cut-Mix: some images show two subjects, each in its half
     last_commit: str = ""  # of a row that is in the log alone: the last one that can run it
 
@@ -184,13 +202,13 @@ ABLATIONS = by_name(
         ONE_SUBJECT["TuneQDM, N = 2, 4 bits"],
         ONE_SUBJECT["TuneQDM, N = 4, 4 bits"],
         Row("N = 8", flags="--buckets 8"),
-        Row("N = 4, edges even in log-SNR", flags="--buckets 4", even_in_log_snr=True),
+        Row("N = 4, edges even in log-SNR", edges=log_snr_edges(4)),
         Row("calibration: mse", flags="--calibration mse"),
         Row("calibration: minmax", flags="--calibration minmax"),
         Row("calibration: gptq, lr 0.02", flags="--calibration gptq --lr 0.02"),
-        Row("raw scales, lr 3e-6", flags="--lr 3e-6", raw_scales=True),
-        Row("raw scales, lr 3e-4", flags="--lr 3e-4", raw_scales=True),
-        Row("raw scales, lr 1e-3", flags="--lr 1e-3", raw_scales=True),
+        Row("raw scales, lr 3e-6", flags="--lr 3e-6", change=train_raw_scales),
+        Row("raw scales, lr 3e-4", flags="--lr 3e-4", change=train_raw_scales),
+        Row("raw scales, lr 1e-3", flags="--lr 1e-3", change=train_raw_scales),
         Row("lr 0.01", flags="--lr 0.01"),
         Row("lr 0.1", flags="--lr 0.1"),
         Row("500 steps", flags="--steps 500"),
@@ -229,7 +247,7 @@ POSITION_SETTINGS = by_name(  # for columns by position, on the same two subject
             "rows and columns by position, 500 steps",
             columns="position",
             flags="--steps 500",
-            position_rows=True,
+            change=position_rows,
         ),
         Row("channel, 500 steps", flags="--steps 500"),
     ]
@@ -263,9 +281,6 @@ def prepare(args, row: Row, subject: str, seed: int):
         torch.manual_seed(run.seed)  # its first matrices are random
         lora_packed(model, row.lora, run.bits, run.columns, run.calibration, data).to(run.device)
     elif run.bits < 32:
-        edges = None
-        if row.even_in_log_snr:
-            edges = log_snr_edges(run.buckets)
         quantize(
             model,
             run.bits,
@@ -274,53 +289,12 @@ def prepare(args, row: Row, subject: str, seed: int):
             run.scales,
             run.columns,
             run.calibration,
-            edges=edges,
+            edges=row.edges,
             data=data,
         )
-    if row.position_rows:
-        with_position_rows(model, load_model(BASE).requires_grad_(False))
-    if row.raw_scales:
-        train_raw_scales(model)
+    if row.change is not None:
+        row.change(model)
     return model, run
-
-
-def log_snr_edges(num_buckets: int) -> list[int]:
-    """The edges, in timesteps from 0 to T, of buckets that are equally wide in log-SNR.
-
-    The log-SNR, log(abar_t / (1 - abar_t)), falls as t rises. It is cut into equal parts, and a
-    bucket starts at the first timestep below the upper end of its part. With more than 8 buckets
-    some would be empty, and quantize refuses the edges.
-    """
-    log_snr = DIFFUSION.alphas_cumprod.logit()  # (T,)
-    levels = torch.linspace(log_snr[0], log_snr[-1], num_buckets + 1, dtype=log_snr.dtype)
-    starts = [int((log_snr >= level).sum()) for level in levels[1:-1]]
-    return [0, *starts, DIFFUSION.T]
-
-
-class RawScale(nn.Module):
-    """A parametrization: train a scale s = s0 * exp(d) itself, as the paper does, and not its d.
-
-    A scale below a thousandth of s0 counts as that, so that d is finite. s0 and s: (C,), for the
-    scales of rows or of columns.
-    """
-
-    def __init__(self, s0):
-        super().__init__()
-        self.register_buffer("s0", s0, persistent=False)  # the layer has it already
-
-    def forward(self, s):
-        return (s / self.s0).clamp(min=1e-3).log()
-
-    def right_inverse(self, d):
-        return self.s0 * d.exp()
-
-
-def train_raw_scales(model):
-    """Let the scales of a quantized model with one bucket be trained, and not their deltas."""
-    for layer in list(model.modules()):
-        if isinstance(layer, QuantLayer):
-            register_parametrization(layer, "d_out_0", RawScale(layer.s_out))
-            register_parametrization(layer, "d_in_0", RawScale(layer.s_in))
 
 
 def tune(args, row: Row, subject: str, seed: int, start: dict | None = None) -> dict:

@@ -143,7 +143,7 @@ def ablations(args):
     for row in ABLATIONS.values():
         if row.name != DEFAULT:
             yardstick = DEFAULT
-            if row.even_in_log_snr:
+            if row.edges is not None:
                 yardstick = "TuneQDM, N = 4, 4 bits"
             pairs.append((row.name, yardstick))
     fill(args, "one thing changed", ABLATIONS, toy.TABLE, pairs)

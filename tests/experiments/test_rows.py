@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import recovery
 import runs
-from baselines import with_position_rows
+from baselines import train_raw_scales, with_position_rows
 from calibrate import rowcol
 from data import toy
 from data.score import read_object, spots_at
@@ -41,7 +41,7 @@ def test_raw_scales_are_trained_as_scales():
     s_out = layer.s_out.clone().requires_grad_()
     s_in = layer.s_in.clone().requires_grad_()
 
-    runs.train_raw_scales(model)
+    train_raw_scales(model)
     torch.testing.assert_close(layer(x), start)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2
@@ -177,9 +177,10 @@ def test_a_row_that_is_in_the_log_alone_says_which_commit_can_run_it(tmp_path):
 
 def test_edges_even_in_log_snr_reach_training_and_sampling(small_base, tmp_path):
     row = runs.ABLATIONS["N = 4, edges even in log-SNR"]
-    equal, _ = runs.prepare(args_in(tmp_path), replace(row, even_in_log_snr=False), "bix", 0)
+    equal_row = replace(row, edges=None, flags="--buckets 4")
+    equal, _ = runs.prepare(args_in(tmp_path), equal_row, "bix", 0)
     log_snr, _ = runs.prepare(args_in(tmp_path), row, "bix", 0)
-    assert log_snr.quant_config["edges"] == runs.log_snr_edges(4)
+    assert log_snr.quant_config["edges"] == list(runs.log_snr_edges(4))
     assert equal.quant_config["edges"] == [0, 250, 500, 750, 1000]
 
     # what the layers are told, as in training
