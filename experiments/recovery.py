@@ -165,10 +165,11 @@ def recover(setting: Recovery, seed: int, steps_divisor: int = 1) -> dict:
     return found
 
 
-def tune(model, name, lr, steps, seed, fixed=None):
+def tune(model, name, lr, steps, seed, fixed=None, diffusion=DIFFUSION):
     """Train what requires a gradient, on 64 scenes a step, at a rate that falls from lr to zero.
 
-    fixed: images and captions to draw from; by default all scenes are new. name: of the bar.
+    fixed: images and captions to draw from; by default all scenes are new. diffusion: which draws
+    the timesteps. name: of the bar.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +181,7 @@ def tune(model, name, lr, steps, seed, fixed=None):
             x0, words = (tensor[pick] for tensor in fixed)
         else:
             x0, words = toy.sample_scenes(64, generator)
-        t = DIFFUSION.draw_timesteps(64, generator)
+        t = diffusion.draw_timesteps(64, generator)
         eps = torch.randn(x0.shape, generator=generator)
         optimizer.zero_grad()
         squared_error(model, x0, words, t, eps).mean().backward()
@@ -197,12 +198,21 @@ def loss_on(model, x0, words, n=1024) -> float:
 
 
 def recovered(args, setting: Recovery, seed: int) -> dict:
-    """The adapter of a setting after tuning. It stays in a file, for the next who asks."""
-    path = Path("out") / args.log.stem / "recovered" / f"{setting.name}, {seed}.pt"
-    if not path.exists():
+    """The adapter of a setting after tuning."""
+
+    def make():
         model, lr = prepare(setting, seed)
         tune(model, setting.name, lr, setting.steps // args.steps_divisor, seed)
-        save({"kind": "adapter", **adapter(model)}, path)
+        return model
+
+    return adapter_in_file(args, f"{setting.name}, {seed}", make)
+
+
+def adapter_in_file(args, name, make) -> dict:
+    """The adapter of the model that make returns. It stays in a file, for the next who asks."""
+    path = Path("out") / args.log.stem / "adapters" / f"{name}.pt"
+    if not path.exists():
+        save({"kind": "adapter", **adapter(make())}, path)
     return load(path, "adapter")
 
 

@@ -7,6 +7,7 @@ Each finished run is a line of the log, a JSON object. Some of its fields are it
     {"data": ..., "seed": ..., ...}                   gptq on data of some timesteps (recovery.py)
     {"activations": ..., "seed": ..., ...}            activations rounded, too (activations.py)
     {"untuned": ..., ...}                             quantized only (tables.py)
+    {"neighbour": ..., "name": ..., "seed": ..., ...} a part of neighbours.py and its row
 """
 
 import json
