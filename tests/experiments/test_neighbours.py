@@ -162,7 +162,9 @@ def test_the_v_of_a_leap_ends_where_it_should():
 @pytest.mark.parametrize("part", neighbours.PARTS)
 def test_a_part_has_its_rows(part, small_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(neighbours, "BASE", runs.BASE)
-    monkeypatch.setattr(runs.train, "IMAGES_PER_PROMPT", 5)
+    monkeypatch.setattr(runs.train, "IMAGES_PER_PROMPT", 1)
+    for module in (recovery, claims, neighbours):
+        monkeypatch.setattr(module, "STEPS", 40)
     for module in (recovery, runs, claims, neighbours):
         monkeypatch.setattr(module, "validation_loss", lambda model: 0.0)
     monkeypatch.setattr(neighbours, "TAUS", (0.5, 1.0))
@@ -178,4 +180,4 @@ def test_a_part_has_its_rows(part, small_base, tmp_path, monkeypatch, capsys):
     )
     neighbours.PARTS[part](args)
     table = capsys.readouterr().out.split("\n\n")[1]
-    assert table.count("\n") >= 4  # headings, the rule, two rows
+    assert table.count("\n| ") >= 3  # headings, the rule, two rows
