@@ -591,12 +591,8 @@ def few_steps_of_subjects(args, names):
         words = torch.tensor(train.captions_of(train.prompts_of(word)))
         cfg_scale = 1 if is_added else TEACHER_CFG
         images = draw(model, words, k, cfg_scale, seed)
-        keep_strip(
-            args,
-            "few",
-            f"{subject}, {'added' if is_added else 'plain'}, {k}",
-            images[:: train.IMAGES_PER_PROMPT],
-        )
+        way = "added" if is_added else "plain"
+        keep_strip(args, "few", f"{subject}, {way}, {k}", images[:: train.IMAGES_PER_PROMPT])
         scores = score(images, words, toy.read_parts(folder), toy.WORD[word])
         return {key: scores[key].mean().item() for key in ("parts", "identity", "prompt")}
 
