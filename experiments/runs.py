@@ -152,10 +152,10 @@ def rows_of_500_steps() -> dict[str, Row]:
         Row("paper's columns, N = 2, 4 bits", flags="--buckets 2"),
         Row("by position, N = 1, 4 bits", columns="position"),
         Row("by position, N = 2, 4 bits", columns="position", flags="--buckets 2"),
-        Row("LoRA r = 1, 4 bits", columns="position", flags="--lr 0.003", lora=1),
-        Row("LoRA r = 2, 4 bits", columns="position", flags="--lr 0.003", lora=2),
+        Row("LoRA r = 1, 4 bits", columns="position", flags="--lr 0.012", lora=1),
+        Row("LoRA r = 2, 4 bits", columns="position", flags="--lr 0.012", lora=2),
         Row("by position, N = 1, 2 bits", 2, columns="position"),
-        Row("LoRA r = 2, 2 bits", 2, columns="position", flags="--lr 0.003", lora=2),
+        Row("LoRA r = 2, 2 bits", 2, columns="position", flags="--lr 0.012", lora=2),
     ]
     found = {}
     for row in rows:
@@ -169,7 +169,7 @@ def rows_of_rates() -> dict[str, Row]:
     rows = []
     for name, row in SHORT.items():
         if row.lora or name == "full precision":
-            of_lora = ("0.0015", "0.003", "0.006", "0.012")
+            of_lora = ("0.0015", "0.003", "0.006", "0.012", "0.024")
             for lr in of_lora if row.lora else ("0.0005", "0.001", "0.002"):
                 flags = f"{row.flags} --lr {lr}"
                 rows.append(replace(row, name=f"{row.name}, lr {lr}", flags=flags))
