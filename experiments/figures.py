@@ -15,9 +15,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+import claims
+import neighbours
 import train
 from data import toy
-from quant import bucket
+from quant import adapter, bucket, load_adapter
 from report import parse_with_log, runs_of
 from runs import DIFFUSION, ONE_SUBJECT, SHORT, Row, losses, prepare
 from sample import BASE, sample
@@ -264,23 +266,110 @@ def draw_denoising(args, steps=12):
     return figure
 
 
+# --------------------------------------------------------------------------------------------------
+# Scores against steps, strength and the start of sampling, from the log
+# --------------------------------------------------------------------------------------------------
+
+
+def mean_of(runs, key):
+    """The mean of a score over runs."""
+    return sum(run[key] for run in runs) / len(runs)
+
+
+def draw_steps(args):
+    """Whole subjects, drift and the loss on the world against steps, a line for each method."""
+    scores = {
+        "identity": "whole subject",
+        "red parts": "in other creatures",
+        "world loss": "loss on the world",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    for method in claims.METHODS_BY_STEPS:
+        lines = {}  # the runs after each number of steps
+        for steps in claims.STEPS_TRIED:
+            runs = runs_of(args, f"{method}, {steps} steps", toy.TUNING)
+            if runs:
+                lines[steps] = list(runs.values())
+        for axis, key in zip(axes, scores):
+            means = [mean_of(runs, key) for runs in lines.values()]
+            axis.plot(list(lines), means, "o-", label=method)
+    for axis, label in zip(axes, scores.values()):
+        axis.set_xscale("log")
+        axis.set_xticks(claims.STEPS_TRIED, claims.STEPS_TRIED)
+        axis.minorticks_off()
+        axis.set_xlabel("steps")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    return figure
+
+
+def draw_strength(args):
+    """What an adapter does at several strengths: scores, and images of one subject."""
+    scores = {"parts": "parts right", "identity": "whole subject", "red parts": "in others"}
+    row = ROWS[claims.POSITION]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 7), layout="constrained")
+    for key, label in scores.items():
+        means = []
+        for strength in claims.STRENGTHS:
+            runs = runs_of(args, f"{row.name}, times {strength}", toy.TABLE).values()
+            means.append(mean_of(list(runs), key))
+        above.plot(claims.STRENGTHS, means, "o-", label=label)
+    above.set_xlabel("strength")
+    above.legend(fontsize=8)
+
+    model, run = restored(args, claims.POSITION)
+    saved = adapter(model)
+    columns = []
+    for strength in claims.STRENGTHS:
+        load_adapter(model, saved, strength=strength)
+        images, _ = train.evaluate(model, None, run)  # without scores
+        columns.append(images[:: train.IMAGES_PER_PROMPT][:4])
+    strips = torch.stack(columns, dim=1).flatten(0, 1)  # a row for each prompt
+    below.imshow(toy.tile(strips, len(claims.STRENGTHS)))
+    hide_ticks(below)
+    below.set_xlabel("   ".join(f"x {strength}" for strength in claims.STRENGTHS))
+    return figure
+
+
+def draw_start(args):
+    """Whole creatures against where sampling starts, a line for each number of steps."""
+    runs = neighbours.done(args, "start", "all timesteps")
+    figure, axis = plt.subplots(figsize=(6.5, 3.5))
+    for steps in neighbours.STEPS_OF_START:
+        means = [mean_of(runs, f"{tau} {steps}") for tau in neighbours.TAUS]
+        axis.plot(neighbours.TAUS, means, "o-", label=f"{steps} steps")
+    axis.set_xlabel("tau: sampling starts at t = tau T")
+    axis.set_ylabel("whole creatures")
+    axis.legend(fontsize=8)
+    return figure
+
+
 FIGURES = {
     "samples": draw_samples,
     "weights": draw_weights,
     "losses": draw_losses,
     "bytes": draw_bytes,
     "denoising": draw_denoising,
+    "steps": draw_steps,
+    "strength": draw_strength,
+    "start": draw_start,
 }
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
+    names_help = f"{', '.join(FIGURES)} (default: all)"
+    parser.add_argument("names", nargs="*", metavar="FIGURE", help=names_help)
     args = parse_with_log(parser)
+    for name in args.names:
+        if name not in FIGURES:
+            parser.error(f"there is no figure {name!r}; choose from {', '.join(FIGURES)}")
     folder = Path(__file__).resolve().parent / "figures"
     if args.quick:
         folder = Path("out") / args.log.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
+    for name in args.names or FIGURES:
+        draw = FIGURES[name]
         path = folder / f"{name}.png"
         figure = draw(args)
         figure.savefig(path, dpi=80, bbox_inches="tight")
