@@ -842,8 +842,9 @@ def load_adapter(model: nn.Module, saved: dict, *more: dict, strength: float = 1
     depend on their order, to the bit; one that is given twice counts once, and deltas that model
     had before don't count. strength: what the sum is multiplied by; 0 is the base.
 
-    The other tensors of an adapter replace the model's, and its parameters then train here, too.
-    They can't be added or scaled: such an adapter must be alone, at strength 1.
+    The other tensors of an adapter (also the statistics of BatchNorm) replace the model's, and its
+    parameters then train here, too. They can't be added or scaled: such an adapter must be alone,
+    at strength 1.
 
     Raises ValueError if an adapter was made for another quantized base, or is damaged. The model
     then stays as it was. The base has to be the same bit for bit: load the adapter in the dtype
@@ -855,14 +856,19 @@ def load_adapter(model: nn.Module, saved: dict, *more: dict, strength: float = 1
     sizes = [delta.numel() for delta in mine.values()]
     others, base = others_and_base(model)
     tensors = {**others, **base}
-    for each in (saved, *more):
-        checks.check_adapter(each, model.quant_config, sum(sizes), tensors)
-    checks.check_sum((saved, *more), strength)
+    adapters = [saved, *more]
+    for number, each in enumerate(adapters, 1):
+        which = "the adapter" if len(adapters) == 1 else f"adapter {number}"
+        checks.check_adapter(each, which, model.quant_config, sum(sizes), tensors)
 
-    distinct = {hash_of(each["deltas"]): each["deltas"] for each in (saved, *more)}
-    total = sum(values.double() for values in distinct.values())  # of float16: exact in float64
+    distinct = []
+    for values in (each["deltas"].cpu().double() for each in adapters):
+        if not any(torch.equal(values, other) for other in distinct):
+            distinct.append(values)
+    total = torch.stack(distinct).sum(0) * strength  # of float16 values: exact in float64
+    checks.check_sum(adapters, strength, total)
     with torch.no_grad():
-        for delta, value in zip(mine.values(), (total * strength).split(sizes)):
+        for delta, value in zip(mine.values(), total.split(sizes)):
             delta.copy_(value)
         for name, value in saved["others"].items():
             tensors[name].copy_(value)

@@ -127,8 +127,8 @@ def check_finite(images):
     """Raise ValueError if an image isn't finite."""
     if not images.isfinite().all():
         raise ValueError(
-            "the images aren't finite: the training of this model has diverged; "
-            "train it again with a lower --lr"
+            "the images aren't finite: the training of this model has diverged, so train it again "
+            "with a lower --lr; or --strength is too large"
         )
 
 
@@ -170,8 +170,8 @@ def arguments():
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", type=path, default=BASE, help="a base or a tuned model")
-    adapter_help = "adapters for the quantized model of --ckpt, in the place of its own; they add"
-    add("--adapter", type=path, nargs="+", default=[], help=adapter_help)
+    adapter_help = "adapters of the quantized base in --ckpt; several add, in the place of its own"
+    add("--adapter", type=path, nargs="+", action="extend", help=adapter_help)
     strength_help = "what the adapters' deltas are multiplied by; 0 is the base"
     add("--strength", type=number(0.0, 10.0), default=1.0, help=strength_help)
     add("--prompt", default="red creature on green stripes", help="a caption")
@@ -194,7 +194,7 @@ def main():
     words = torch.tensor([toy.caption(args.prompt)] * args.n)
     if not words.any():
         raise ValueError("the prompt is empty; write one such as 'red creature on green stripes'")
-    for given in (args.ckpt, *args.adapter):
+    for given in (args.ckpt, *(args.adapter or [])):
         if given.resolve() == args.out.resolve():
             raise ValueError(f"--out would replace {given}, which is read; give another")
 

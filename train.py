@@ -53,7 +53,7 @@ def arguments(argv=None):
 
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--subject", default="mo", help="a folder of images, or a name in data/subjects")
-    word_help = "the rare word that becomes the subject's name; its adapter adds to another word's"
+    word_help = "the rare word that becomes the subject's name; adapters of two words can be added"
     add("--word", choices=toy.RARE, default="sks", help=word_help)
     add("--base", type=path, default=BASE, help="a pretrained model")
     add("--steps", type=number(0, 10**7), default=500, help="optimizer steps")

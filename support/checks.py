@@ -13,6 +13,7 @@ from itertools import zip_longest
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from calibrate import CALIBRATIONS
@@ -325,7 +326,6 @@ def check_moments(name, moments):
 # adapter, load_adapter, merge
 # --------------------------------------------------------------------------------------------------
 
-OTHER = "the adapter was made for another base"
 GIVE = "give the quantized model that it was trained on"
 
 
@@ -356,17 +356,19 @@ def check_trained(model: nn.Module, values: dict):
             raise ValueError(f"{name} isn't finite: the training has diverged, lower its rate")
 
 
-def check_adapter(saved, config: dict, count: int, tensors: dict):
+def check_adapter(saved, which: str, config: dict, count: int, tensors: dict):
     """An adapter belongs to a model, and is whole.
 
-    config: the model's. count: of its deltas. tensors: all others in its state_dict.
+    which: what it is called. config: the model's. count: of its deltas. tensors: all others in its
+    state_dict.
     """
+    other = f"{which} was made for another base"
     theirs = saved.get("quant_config") if isinstance(saved, dict) else None
     if not isinstance(theirs, dict):
-        raise ValueError(f"{OTHER}, or is damaged: it has no quant_config; {GIVE}")
+        raise ValueError(f"{other}, or is damaged: it has no quant_config; {GIVE}")
     others = saved.get("others")
     if not isinstance(others, dict) or not others.keys() <= tensors.keys():
-        raise ValueError(f"{OTHER}, or is damaged: it has no parameters that fit; {GIVE}")
+        raise ValueError(f"{other}, or is damaged: it has no parameters that fit; {GIVE}")
 
     base = {name: tensor for name, tensor in tensors.items() if name not in others}
     same_base = saved.get("fingerprint") == hash_of(sorted(base.items()))
@@ -375,27 +377,30 @@ def check_adapter(saved, config: dict, count: int, tensors: dict):
             continue  # other ways to the same integers and scales, such as a saved base
         if repr(theirs.get(key)) != repr(value):  # a damaged file may hold what can't be compared
             is_not = f"{reprlib.repr(theirs.get(key))} instead of {reprlib.repr(value)}"
-            raise ValueError(f"{OTHER}, of {key} {is_not}; {GIVE}")
+            raise ValueError(f"{other}, of {key} {is_not}; {GIVE}")
     if not same_base:
         raise ValueError(
-            f"{OTHER}, of another dtype or other weights (an adapter with more than deltas changes "
+            f"{other}, of another dtype or other weights (an adapter with more than deltas changes "
             f"them, and quantizing on another processor rounds differently); {GIVE}"
         )
 
     if not is_finite_tensor(saved.get("deltas"), (count,)):
         raise ValueError(
-            f"the adapter is damaged: its deltas aren't {count} finite numbers; copy it again"
+            f"{which} is damaged: its deltas aren't {count} finite numbers; copy it again"
         )
     for name, value in others.items():
         if not is_finite_tensor(value, tensors[name].shape):
             raise ValueError(
-                f"the adapter is damaged: its {name} isn't finite, or of another shape; "
-                "copy it again"
+                f"{which} is damaged: its {name} isn't finite, or of another shape; copy it again"
             )
 
 
-def check_sum(adapters, strength: float):
-    """Only deltas add up, and can be scaled."""
+def check_sum(adapters, strength: float, total: Tensor):
+    """Only deltas add up, and can be scaled. total: their sum times strength."""
+    if not total.half().isfinite().all():
+        raise ValueError(
+            f"the deltas times strength {strength} aren't finite numbers in float16; lower it"
+        )
     for saved in adapters:
         if saved["others"] and (len(adapters) > 1 or strength != 1):
             name = next(iter(saved["others"]))

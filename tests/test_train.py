@@ -110,11 +110,12 @@ def test_a_subject_of_another_word_adds_to_the_first(tuned, tmp_path):
     assert run(train, *FLAGS, "--subject", "zed", "--word", "zwx", "--out", out) == 0
     adapters = [tuned[0] / "adapter.pt", out / "adapter.pt"]
     drawn = []
-    for flags in (adapters, adapters[::-1], adapters[:1], [*adapters, "--strength", 0.5]):
+    one_by_one = [adapters[0], "--adapter", adapters[1]]
+    for flags in (adapters, one_by_one, adapters[::-1], adapters[:1], [*adapters, "--strength", 9]):
         flags = ("--ckpt", out / "tuned.pt", "--adapter", *flags, "--out", tmp_path / "a.png")
         assert run(sample, *flags, "--prompt", "sks creature and zwx creature", "--steps", 1) == 0
         drawn.append((tmp_path / "a.png").read_bytes())
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] == drawn[2]
     assert len(set(drawn)) == 3
 
 

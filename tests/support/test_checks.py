@@ -621,18 +621,28 @@ def test_after_an_adapter_with_more_than_deltas_another_is_told_why_it_does_not_
     [
         (dict(edges=[0, 300, 1000]), "edges"),
         (dict(num_buckets=2, columns="channel"), "columns"),
-        (dict(num_buckets=2, seed=1), "another base"),
+        (dict(num_buckets=2, seed=1), "other weights"),
     ],
 )
 def test_adapters_of_different_bases_do_not_add(other, sentence):
     first = adapter(quantized(2))
     second = adapter(quantized(**{"num_buckets": None, **other}))
     model = spread(quantized(2))
-    for adapters in ((first, second), (second, first)):
+    for number, adapters in ((2, (first, second)), (1, (second, first))):
         before = state_of(model)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=f"adapter {number} was made for .*{sentence}"):
             load_adapter(model, *adapters)
         assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("strength", [NAN, float("inf"), 1e40, 1e6])
+def test_a_strength_that_is_too_large_is_refused(strength):
+    model = quantized(1)
+    saved = adapter(spread(quantized(1)))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="times strength .* aren't finite numbers.*lower it"):
+        load_adapter(model, saved, strength=strength)
+    assert_untouched(model, before)
 
 
 def test_only_deltas_add_and_can_be_scaled():
