@@ -1,4 +1,4 @@
-"""Tables of tables.py: claims of the paper where they can show, and what trained deltas can do.
+"""More tables for tables.py: claims of the paper where they can show, and uses of trained deltas.
 
 The paper's claims need a set of training scenes that is small enough to overfit, a base that has
 not converged, scales that act at some timesteps only, and scores against steps. Deltas stand in an
@@ -18,10 +18,7 @@ from report import (
     by_seed,
     is_due,
     mean_sd,
-    runs_of,
     show,
-    show_differences,
-    show_means,
 )
 from runs import (
     RATES,
@@ -29,8 +26,8 @@ from runs import (
     Row,
     by_name,
     fill,
+    fill_by,
     fine_tuned,
-    run_all,
     scores_of,
     tune,
     validation_loss,
@@ -76,8 +73,8 @@ def overfitting(args):
 
 def difference(runs, others):
     """The cell of the difference of two settings' losses after tuning, seed by seed."""
-    both = [seed for seed in runs if seed in others and runs[seed] != others[seed]]
-    if not both:
+    both = [seed for seed in runs if seed in others]
+    if runs == others or not both:
         return ""
     return mean_sd([runs[seed]["after"] - others[seed]["after"] for seed in both], 5)
 
@@ -92,18 +89,19 @@ def young_base(args):
     recover_all(args, settings)
     rows = []
     for setting in settings:
-        runs = by_seed(args, recovery=setting.name).values()
-        floats = by_seed(args, recovery=settings[0].name)
+        runs = by_seed(args, recovery=setting.name)
+        full = replace(setting, bits=32, calibration="full precision", method=ONE_SET)
+        floats = by_seed(args, recovery=full.name)
         if runs and floats:
             method = "full precision" if setting.bits == 32 else f"{setting.method}, 8 bits"
             cells = [method, str(setting.steps)]
             for key in ("before", "after"):
-                cells.append(mean_sd([run[key] for run in runs], 5))
+                cells.append(mean_sd([run[key] for run in runs.values()], 5))
             floor = next(iter(floats.values()))["before"]  # the loss of the float base
-            cells.append(mean_sd([run["after"] - floor for run in runs], 5))
-            rows.append([*cells, str(len(runs))])
-    columns = ["method", "steps", "before", "tuned", "minus the float base", "runs"]
-    show(args, "a young base", columns, rows)
+            cells.append(mean_sd([run["after"] - floor for run in runs.values()], 5))
+            rows.append([*cells, difference(runs, floats), str(len(runs))])
+    columns = ["method", "steps", "before", "tuned", "minus the float base"]
+    show(args, "a young base", [*columns, "minus full precision, tuned", "runs"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,12 +109,13 @@ def young_base(args):
 # --------------------------------------------------------------------------------------------------
 
 KEPT = {  # which of three scale sets, 0 at low t, are kept after tuning; the others are the base's
-    "all timesteps": (0, 1, 2),
+    "no timesteps": (),
     "the first third": (0,),
     "the middle third": (1,),
     "the last third": (2,),
     "the first two thirds": (0, 1),
     "the last two thirds": (1, 2),
+    "all timesteps": (0, 1, 2),
 }
 RECOVERY_OF_THIRDS = Recovery(4, "rowcol", "by position, N = 3")
 THREE_SETS = named(SHORT[POSITION], "by position, N = 3, 4 bits, 500 steps", "--buckets 3")
@@ -128,14 +127,10 @@ def thirds(args):
     The sets of a run don't influence each other: a sample's loss depends on its own bucket alone.
     So one run with three sets says what each of them would do if it were trained alone.
     """
-    found = {}
     jobs = {}
     for name, kept in KEPT.items():
-        jobs[f"{THREE_SETS.name}, {name}"] = partial(tune_and_keep, args, kept)
-    run_all(args, jobs, toy.TABLE)
-    for name in KEPT:
-        found[name] = runs_of(args, f"{THREE_SETS.name}, {name}", toy.TABLE)
-    show_means(args, "thirds of the timesteps", found)
+        jobs[name] = (f"{THREE_SETS.name}, {name}", partial(tune_and_keep, args, kept))
+    fill_by(args, "thirds of the timesteps", jobs, toy.TABLE)
     thirds_of_recovery(args)
 
 
@@ -143,13 +138,16 @@ def tune_and_keep(args, kept, subject, seed):
     """Fine-tune with three scale sets and keep some: what the log says of it."""
     model, run, folders = fine_tuned(args, THREE_SETS, subject, seed)
     keep_buckets(model, kept)
-    return scores_of(model, run, folders)
+    found = scores_of(model, run, folders)
+    return {**found, "trained": found["trained"] * len(kept) // 3}
 
 
 def thirds_of_recovery(args):
     """The same question for the whole world: how much of the loss does each third recover?"""
     rows = []
-    for name, kept in {"none": (), **KEPT}.items():
+    for name, kept in KEPT.items():
+        if len(kept) == 2:
+            continue  # losses add up
         log_name = f"{RECOVERY_OF_THIRDS.name}, {name}"
         for seed in range(args.seeds):
             key = {"recovery": log_name, "seed": seed}
@@ -177,27 +175,23 @@ def keep_buckets(model, kept):
 # Scores against steps
 # --------------------------------------------------------------------------------------------------
 
-METHODS_BY_STEPS = {  # without --steps
-    **{name.replace(", 500 steps", ""): row for name, row in RATES.items() if row.bits == 32},
-    "paper's columns, N = 1, 4 bits": SHORT["paper's columns, N = 1, 4 bits"],
-    POSITION: SHORT[POSITION],
+METHODS_BY_STEPS = {  # rows of 500 steps
+    **{name: row for name, row in RATES.items() if row.bits == 32},
+    **{name: SHORT[name] for name in ("paper's columns, N = 1, 4 bits", POSITION)},
     "LoRA r = 2, 4 bits": SHORT["LoRA r = 2, 4 bits"],
 }
 STEPS_TRIED = (100, 200, 500, 1000, 2000)
 
 
-def rows_by_steps() -> dict[str, Row]:
-    """Each method with each number of steps."""
-    rows = []
-    for method, row in METHODS_BY_STEPS.items():
-        for steps in STEPS_TRIED:
-            rows.append(named(row, f"{method}, {steps} steps", f"--steps {steps}"))
-    return by_name(rows)
+def after(row: Row, steps: int) -> Row:
+    """A row of 500 steps with another number of steps."""
+    return named(row, row.name.replace("500 steps", f"{steps} steps"), f"--steps {steps}")
 
 
 def by_steps(args):
     """Who needs fewer steps, who forgets more of the world on the way?"""
-    fill(args, "scores against steps", rows_by_steps(), toy.TUNING, [])
+    rows = [after(row, steps) for row in METHODS_BY_STEPS.values() for steps in STEPS_TRIED]
+    fill(args, "scores against steps", by_name(rows), toy.TUNING)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,7 +207,6 @@ for method in ("full precision", POSITION, "by position, N = 2, 4 bits"):
         name=f"{method}, side by side, together, 1000 steps",
         side_by_side=True,
     )
-ADDED = f"{POSITION}, apart and added, 500 steps each"
 
 
 def adding(args):
@@ -225,31 +218,31 @@ def adding(args):
         pairs.append((name, "full precision"))
     pairs += [("apart and added", POSITION), ("apart and added", "full precision")]
 
-    jobs = {row.name: partial(tune, args, row) for row in TOGETHER.values()}
-    run_all(args, {**jobs, ADDED: partial(add, args)}, PAIRS)
-    found = {name: runs_of(args, row.name, PAIRS) for name, row in TOGETHER.items()}
-    found["apart and added"] = runs_of(args, ADDED, PAIRS)
-    show_means(args, "two subjects, together and added", found)
-    show_differences(args, "two subjects, together and added: differences", found, pairs)
+    jobs = {name: (row.name, partial(tune, args, row)) for name, row in TOGETHER.items()}
+    jobs["apart and added"] = (f"{POSITION}, apart and added, 500 steps each", partial(add, args))
+    fill_by(args, "two subjects, together and added", jobs, PAIRS, pairs)
 
 
 def add(args, subjects, seed):
-    """Tune to two subjects apart, each with a word of its own, and add: what the log says of it."""
+    """Tune to two subjects apart, each with a word of its own, and add: what the log says of it.
+
+    The second has another seed: with the same class images, what both drift by would add up.
+    """
     first, second = subjects.split("+")
     model, run, folders = fine_tuned(args, SHORT[POSITION], first, seed)
-    other, _, folders_of_other = fine_tuned(args, SECOND, second, seed)
+    other, _, folders_of_other = fine_tuned(args, SECOND, second, seed + 100)
     load_adapter(model, adapter(model), adapter(other))
-    return scores_of(model, run, {**folders, **folders_of_other})
+    found = scores_of(model, run, {**folders, **folders_of_other})
+    return {**found, "trained": 2 * found["trained"], "bytes": 2 * found["bytes"]}
 
 
-RECOVERY = Recovery(4, "rowcol", "by position, N = 1")
+RECOVERY = Recovery(4, "rowcol", "by position, N = 1", rare=0)
 
 
 def on_recovery(args):
     """A subject on top of a recovered base: does it start better, forget less?"""
     row = SHORT[POSITION]
     on_top = replace(row, name=f"{POSITION}, recovered first, 500 steps")
-    added = f"{POSITION}, recovery added, 500 steps"
 
     def tune_on_top(subject, seed):
         return tune(args, on_top, subject, seed, recovered(args, RECOVERY, seed))
@@ -259,14 +252,13 @@ def on_recovery(args):
         load_adapter(model, adapter(model), recovered(args, RECOVERY, seed))
         return scores_of(model, run, folders)
 
-    run_all(args, {on_top.name: tune_on_top, added: add_recovery}, toy.TABLE)
-    found = {}
-    names = {POSITION: row.name, "recovered first": on_top.name, "recovery added": added}
-    for name, in_log in names.items():
-        found[name] = runs_of(args, in_log, toy.TABLE)
-    show_means(args, "a subject and a recovered base", found)
+    jobs = {
+        POSITION: (row.name, partial(tune, args, row)),
+        "recovered first": (on_top.name, tune_on_top),
+        "recovery added": (f"{POSITION}, recovery added, 500 steps", add_recovery),
+    }
     pairs = [(name, POSITION) for name in ("recovered first", "recovery added")]
-    show_differences(args, "a subject and a recovered base: differences", found, pairs)
+    fill_by(args, "a subject and a recovered base", jobs, toy.TABLE, pairs)
 
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
@@ -281,12 +273,11 @@ def strengths(args):
         load_adapter(model, adapter(model), strength=strength)
         return scores_of(model, run, folders)
 
-    jobs = {f"{row.name}, times {strength}": partial(scale, strength) for strength in STRENGTHS}
-    run_all(args, jobs, toy.TABLE)
-    found = {}
+    jobs = {}
     for strength in STRENGTHS:
-        found[f"times {strength}"] = runs_of(args, f"{row.name}, times {strength}", toy.TABLE)
-    show_means(args, "strength", found)
+        name = f"times {strength}"
+        jobs[name] = (f"{row.name}, {name}", partial(scale, strength))
+    fill_by(args, "strength", jobs, toy.TABLE)
 
 
 TABLES = {

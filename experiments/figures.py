@@ -281,18 +281,18 @@ def draw_steps(args):
     scores = {
         "identity": "whole subject",
         "red parts": "in other creatures",
-        "world loss": "loss on the world",
+        "known loss": "loss on the world",
     }
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    for method in claims.METHODS_BY_STEPS:
+    for method, row in claims.METHODS_BY_STEPS.items():
         lines = {}  # the runs after each number of steps
         for steps in claims.STEPS_TRIED:
-            runs = runs_of(args, f"{method}, {steps} steps", toy.TUNING)
+            runs = runs_of(args, claims.after(row, steps).name, toy.TUNING)
             if runs:
                 lines[steps] = list(runs.values())
         for axis, key in zip(axes, scores):
             means = [mean_of(runs, key) for runs in lines.values()]
-            axis.plot(list(lines), means, "o-", label=method)
+            axis.plot(list(lines), means, "o-", label=method.replace(", 500 steps", ""))
     for axis, label in zip(axes, scores.values()):
         axis.set_xscale("log")
         axis.set_xticks(claims.STEPS_TRIED, claims.STEPS_TRIED)
@@ -334,13 +334,15 @@ def draw_strength(args):
 def draw_start(args):
     """Whole creatures against where sampling starts, a line for each number of steps."""
     runs = neighbours.done(args, "start", "all timesteps")
-    figure, axis = plt.subplots(figsize=(6.5, 3.5))
-    for steps in neighbours.STEPS_OF_START:
-        means = [mean_of(runs, f"{tau} {steps}") for tau in neighbours.TAUS]
-        axis.plot(neighbours.TAUS, means, "o-", label=f"{steps} steps")
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for steps, color in zip(neighbours.STEPS_OF_START, ("C0", "C1", "C2", "C3")):
+        for kind, line in zip(neighbours.STARTS, (":", "--", "-")):
+            means = [mean_of(runs, f"{kind}, {tau}, {steps}") for tau in neighbours.TAUS]
+            label = f"{steps} steps from {kind}"
+            axis.plot(neighbours.TAUS, means, line, color=color, label=label)
     axis.set_xlabel("tau: sampling starts at t = tau T")
     axis.set_ylabel("whole creatures")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=6)
     return figure
 
 

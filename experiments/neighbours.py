@@ -7,13 +7,16 @@
 
 All of them have columns by position and 4 bits, and one scale set unless a row says otherwise. A
 finished run is a line of the log, and isn't done again; --log experiments/runs.jsonl --rows none
-shows what ships. "The world" is the base, quantized and recovered (recovery.py).
+shows what ships. Sampling visits the starts of equal parts of time, and its last step is the one to
+the image; what is compared gets the same noise and prompts.
 """
 
+import re
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,15 +26,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import train
-from claims import POSITION, RECOVERY
+from claims import POSITION, RECOVERY, THREE_SETS
 from data import toy
 from data.score import matches, score
 from pretrain import random_prompt
-from quant import QuantConv2d, QuantLayer, adapter, deltas, load_adapter, merge, quantize
-from recovery import LR_SCALES, STEPS, adapter_in_file, prepare, recovered, tune
-from report import append, is_due, lines, mean_sd, parse_with_log, runs_of, show, show_means
-from runs import DIFFUSION, SHORT, PartOfTime, fine_tuned, run_all, validation_loss
-from runs import tune as tune_to_subject
+from quant import (
+    QuantConv2d,
+    QuantLayer,
+    adapter,
+    deltas,
+    equal_edges,
+    load_adapter,
+    merge,
+    quantize,
+)
+from recovery import LR_SCALES, STEPS, adapter_in_file, prepare, recovered, tune_on_world
+from report import append, by_seed, is_due, mean_sd, parse_with_log, runs_of, show
+from runs import (
+    DIFFUSION,
+    SHORT,
+    PartOfTime,
+    fill_by,
+    fine_tuned,
+    run_all,
+    squared_error,
+    tune,
+    validation_loss,
+)
 from sample import BASE, SAMPLERS, load_model, predict
 from support.files import save
 from support.flags import Parser, guard, number
@@ -51,8 +72,7 @@ def do(args, part, name, job):
 
 def done(args, part, name) -> list[dict]:
     """The runs of a part and name in the log, one for each seed."""
-    found = {line["seed"]: line for line in lines(args.log, neighbour=part, name=name)}
-    return list(found.values())
+    return list(by_seed(args, neighbour=part, name=name).values())
 
 
 def cells_of(runs, digits: dict[str, int]) -> list[str]:
@@ -60,68 +80,89 @@ def cells_of(runs, digits: dict[str, int]) -> list[str]:
     return [mean_sd([run[key] for run in runs], n) for key, n in digits.items()]
 
 
-def world(args, seed):
+def recovered_base(args, seed):
     """The base at 4 bits, with recovered scales."""
     model, _ = prepare(RECOVERY, seed)
     load_adapter(model, recovered(args, RECOVERY, seed))
     return model
 
 
-def creature_prompts(n, seed) -> list[str]:
-    """n prompts such as "red creature on green stripes"."""
+def creatures(n, seed, each=1) -> tuple[list[str], Tensor]:
+    """n prompts such as "red creature on green stripes", and their captions, each repeated."""
     generator = torch.Generator().manual_seed(seed)
-    return [random_prompt(["creature"], generator) for _ in range(n)]
+    prompts = [random_prompt(["creature"], generator) for _ in range(n)]
+    words = torch.tensor([toy.caption(prompt) for prompt in prompts])
+    return prompts, words.repeat_interleave(each, 0)
 
 
-def rate(images, words) -> dict[str, float]:
+def shares_right(images, words) -> dict[str, float]:
     """Which shares of images (N, 3, 16, 16) of captions words (N, L) are right.
 
-    right: all that the caption says is there. whole: it is a scene of the world, pixel by pixel.
+    right: all that the caption says is there. whole: and it is a scene of the world, pixel by
+    pixel.
     """
     right = score(images, words)["prompt"] == 1
-    return {"right": right.float().mean().item(), "whole": matches(images).float().mean().item()}
+    whole = right & matches(images)
+    return {"right": right.float().mean().item(), "whole": whole.float().mean().item()}
 
 
-RATED = {"right": 2, "whole": 2}  # keys of the log, and their digits
+def times_of(steps, tau=1.0) -> list[int]:
+    """The timesteps visited by so many steps from t = tau T: the last step ends at an image."""
+    times = torch.linspace(tau * DIFFUSION.T - 1, 0, steps + 1).round().long()
+    return times[:-1].tolist()
 
 
-def keep_strip(args, part, name, images):
-    """Keep the first images of a row in a file, for page_of."""
-    save(toy.tile(images[:12], 12, zoom=4), Path("out") / args.log.stem / part / f"{name}.png")
+def run_from(net, x, words, times, sampler="ddim", cfg_scale=3.0, generator=None):
+    """Sample from x (N, 3, 16, 16) at timestep times[0] through times to an image: a list of all x.
+
+    net: the model, quantized or merged. generator: of DDPM's noise.
+    """
+    abars = [*DIFFUSION.alphas_cumprod[times], torch.ones((), dtype=torch.float64)]
+    path = [x]
+    for i, t in enumerate(times):
+        x0, eps = predict(net, x, t, words, cfg_scale, DIFFUSION, chunk=64)
+        noise = torch.randn(x.shape, generator=generator) if sampler == "ddpm" else None
+        x = SAMPLERS[sampler](x, x0, eps, abars[i], abars[i + 1], noise)
+        path.append(x)
+    return path
+
+
+@torch.no_grad()
+def draw(net, words, times, seed, sampler="ddim", cfg_scale=3.0) -> Tensor:
+    """Images (N, 3, 16, 16) of captions words (N, L) from pure noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(words), 3, toy.SIZE, toy.SIZE, generator=generator)
+    return run_from(net, x, words, times, sampler, cfg_scale, generator)[-1].clamp(-1, 1)
+
+
+def keep_strip(args, part, name, seed, images):
+    """Keep the first images of a row in a file, for page_of, if it is the first seed."""
+    if seed == 0:
+        save(toy.tile(images[:12], 12, zoom=4), strip_file(args, part, name))
+
+
+def strip_file(args, part, name) -> Path:
+    """The file of a row's images. Not every system has all characters for names."""
+    return Path("out") / args.log.stem / part / f"{re.sub('[^a-zA-Z0-9 ,%.]', '', name)}.png"
 
 
 def page_of(args, part, names):
     """Put the strips that are there on a page, each under its name: out/LOG/PART.png."""
-    folder = Path("out") / args.log.stem
-    strips = {name: folder / part / f"{name}.png" for name in names}
+    strips = {name: strip_file(args, part, name) for name in names}
     strips = {name: Image.open(file) for name, file in strips.items() if file.exists()}
     if not strips:
         return
     line = 14  # pixels of a line of text
     width, height = next(iter(strips.values())).size
     page = Image.new("RGB", (width, len(strips) * (height + line)), "white")
-    draw = ImageDraw.Draw(page)
+    text = ImageDraw.Draw(page)
     for i, (name, strip) in enumerate(strips.items()):
         y = i * (height + line)
-        draw.text((4, y + 1), name, "black")
+        text.text((4, y + 1), name, "black")
         page.paste(strip, (0, y + line))
-    save(page, folder / f"{part}.png")
-    print(f"wrote {folder / part}.png")
-
-
-def run_from(net, x, words, times, sampler="ddim", cfg_scale=3.0, generator=None):
-    """Sample from x (N, 3, 16, 16) at timestep times[0] through times to an image: a list of all x.
-
-    net: a float model, such as merge returns.
-    """
-    abars = [*DIFFUSION.alphas_cumprod[times], torch.ones((), dtype=torch.float64)]
-    path = [x]
-    for i, t in enumerate(times):
-        x0, eps = predict(net, x, t, words, cfg_scale, DIFFUSION, chunk=64)
-        noise = torch.randn(x.shape, generator=generator)
-        x = SAMPLERS[sampler](x, x0, eps, abars[i], abars[i + 1], noise)
-        path.append(x)
-    return path
+    file = Path("out") / args.log.stem / f"{part}.png"
+    save(page, file)
+    print(f"wrote {file}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,13 +171,16 @@ def run_from(net, x, words, times, sampler="ddim", cfg_scale=3.0, generator=None
 # shared encoder." (Zhang et al. 2023, arXiv 2312.09181)
 # --------------------------------------------------------------------------------------------------
 
-STAGE_EDGES = (0, 442, 631, 1000)  # their stages, 0 .. 0.442 .. 0.631 .. 1
+STAGES = (0, 442, 631, 1000)  # 0 .. 0.442 .. 0.631 .. 1
+# Time is another where the schedule is: in a VP SDE with beta from 0.1 to 20, abar is 0.137 and
+# 0.018 at these two. Under this project's cosine schedule, that is at
+STAGES_BY_NOISE = (0, 756, 913, 1000)
 
 
 def share_encoder(model):
     """Give the layers outside of the decoder one scale set: one Parameter under each bucket's name.
 
-    Its gradient is the sum over the buckets, and deltas names it once.
+    Its gradient is the sum over the buckets. deltas names it once, state_dict under every bucket.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer) and not name.startswith(("up.", "out")):
@@ -148,42 +192,40 @@ def share_encoder(model):
 def stages(args):
     """Do scale sets of their own for three stages help, and does the decoder suffice?"""
     one = SHORT[POSITION]
-    thirds = replace(one, flags=f"{one.flags} --buckets 3")
-    staged = replace(one, edges=STAGE_EDGES)
-    rows = {
-        "one set": one,
-        "thirds, sets everywhere": thirds,
-        "stages, sets everywhere": staged,
-        "thirds, the decoder's sets": replace(thirds, change=share_encoder),
-        "stages, the decoder's sets": replace(staged, change=share_encoder),
+    rows = {"one set": one}
+    edges = {
+        "thirds": equal_edges(3, DIFFUSION.T),
+        "stages": STAGES,
+        "stages by noise": STAGES_BY_NOISE,
     }
+    for name, of_kind in edges.items():
+        rows[f"{name}, sets everywhere"] = replace(one, edges=tuple(of_kind))
+    for name in edges:
+        row = rows[f"{name}, sets everywhere"]
+        rows[f"{name}, the decoder's sets"] = replace(row, change=share_encoder)
+    table = []
     for name, row in rows.items():
         do(args, "stages", name, partial(recover_stages, args, row))
-    table = []
-    for name in rows:
         runs = done(args, "stages", name)
         if runs:
             trained = f"{runs[0]['trained']:,}"
             table.append([name, trained, *cells_of(runs, {"after": 5}), str(len(runs))])
     show(args, "stages, recovery", ["scale sets", "trained", "validation loss", "runs"], table)
 
+    in_log = {"one set": one.name, "thirds, sets everywhere": f"{THREE_SETS.name}, all timesteps"}
     jobs = {}
-    names = {}
     for name, row in rows.items():
-        names[name] = one.name if row is one else f"{name}, 4 bits, 500 steps"
-        jobs[names[name]] = partial(tune_to_subject, args, replace(row, name=names[name]))
-    run_all(args, jobs, toy.TABLE)
-    found = {name: runs_of(args, in_log, toy.TABLE) for name, in_log in names.items()}
-    show_means(args, "stages, subjects", found)
+        row = replace(row, name=in_log.get(name, f"{name}, 4 bits, 500 steps"))
+        jobs[name] = (row.name, partial(tune, args, row))
+    fill_by(args, "stages, subjects", jobs, toy.TABLE, [(name, "one set") for name in rows][1:])
 
 
 def recover_stages(args, row, seed):
     """Recover the base with the scale sets of a row."""
-    num_buckets = 3 if "--buckets 3" in row.flags else 1
-    model = quantize(load_model(BASE), 4, num_buckets, DIFFUSION.T, edges=row.edges)
+    model = quantize(load_model(BASE), 4, edges=row.edges)
     if row.change is not None:
         row.change(model)
-    tune(model, row.name, LR_SCALES, STEPS // args.steps_divisor, seed)
+    tune_on_world(model, "recovery", LR_SCALES, STEPS // args.steps_divisor, seed)
     trained = sum(delta.numel() for delta in deltas(model).values())
     return {"trained": trained, "after": validation_loss(model)}
 
@@ -194,9 +236,10 @@ def recover_stages(args, row, seed):
 # 2022, arXiv 2206.05173)
 # --------------------------------------------------------------------------------------------------
 
-TAUS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TAUS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 STEPS_OF_START = (5, 10, 20, 40)
-TUNED_TAUS = (0.5, 0.7)  # for which scales are tuned on t < tau T alone
+STARTS = ("noise", "the world's Gaussian", "the prompt's Gaussian")
+TUNED_TAUS = (0.4, 0.6)  # for which scales are tuned on t < tau T alone
 
 
 def scenes_of(prompt, n, generator) -> Tensor:
@@ -227,50 +270,71 @@ def gaussian_start(scenes, t, n, generator) -> Tensor:
 
 
 def start(args):
-    """How late may sampling start, and what does it save?"""
-    names = {"all timesteps": None}
+    """How late may sampling start, from what, and what does it save?"""
+    do(args, "start", "all timesteps", partial(start_late, args, None))
     for tau in TUNED_TAUS:
-        names[f"t < {tau} T"] = tau
-    for name, tau in names.items():
-        do(args, "start", name, partial(start_late, args, tau))
-    for name in names:
+        do(args, "start", f"t < {tau} T", partial(start_late, args, tau))
+    rows = []
+    for name in ("all timesteps", *[f"t < {tau} T" for tau in TUNED_TAUS]):
         runs = done(args, "start", name)
-        rows = []
-        for tau in TAUS if names[name] is None else (names[name],):
-            if runs:
-                cells = cells_of(runs, {f"{tau} {steps}": 2 for steps in STEPS_OF_START})
-                rows.append([str(tau), *cells, str(len(runs))])
-        columns = ["tau", *[f"{steps} steps" for steps in STEPS_OF_START], "runs"]
-        show(args, f"start, scales tuned at {name}", columns, rows)
+        for kind in STARTS:
+            for tau in TAUS:
+                keys = [f"{kind}, {tau}, {steps}" for steps in STEPS_OF_START]
+                if runs and keys[0] in runs[0]:
+                    cells = cells_of(runs, dict.fromkeys(keys, 2))
+                    rows.append([name, kind, str(tau), *cells, str(len(runs))])
+    columns = ["tuned at", "start", "tau", *[f"{steps} steps" for steps in STEPS_OF_START], "runs"]
+    show(args, "start", columns, rows)
 
 
 def start_late(args, tuned_tau, seed):
-    """The share of whole creatures for each tau and number of steps: {"0.5 10": ...}.
+    """The share of whole creatures by start, tau and number of steps: {"noise, 0.5, 10": ...}.
 
-    tuned_tau: scales are tuned on t < tuned_tau T alone, and only this tau is sampled.
+    tuned_tau: scales are tuned on t < tuned_tau T alone, and only the prompt's Gaussian at this tau
+    is tried.
     """
-    if tuned_tau is None:
-        model = world(args, seed)
-    else:
+    model = recovered_base(args, seed)
+    taus = TAUS
+    starts = STARTS
+    if tuned_tau is not None:
         model, lr = prepare(RECOVERY, seed)
         part = PartOfTime(0, tuned_tau)
-        tune(model, RECOVERY.name, lr, STEPS // args.steps_divisor, seed, diffusion=part)
+        steps = STEPS // args.steps_divisor
+        tune_on_world(model, "recovery", lr, steps, seed, diffusion=part, rare=0)
+        taus = (tuned_tau,)
+        starts = STARTS[-1:]
     net = merge(model)
-    prompts = creature_prompts(max(1, 20 // args.steps_divisor), seed)
-    words = torch.tensor([toy.caption(prompt) for prompt in prompts]).repeat_interleave(10, 0)
+    prompts, words = creatures(max(1, 10 // args.steps_divisor), seed + 500, each=10)
     found = {}
-    for tau in TAUS if tuned_tau is None else (tuned_tau,):
-        for steps in STEPS_OF_START:
-            generator = torch.Generator().manual_seed(seed)
-            times = torch.linspace(tau * DIFFUSION.T - 1, 0, steps).round().long().tolist()
-            x = [
-                gaussian_start(scenes_of(prompt, 500, generator), times[0], 10, generator)
-                for prompt in prompts
-            ]
-            with torch.no_grad():
-                x = run_from(net, torch.cat(x), words, times, "ddpm", generator=generator)[-1]
-            found[f"{tau} {steps}"] = rate(x.clamp(-1, 1), words)["whole"]
+    for kind in starts:
+        for tau in taus:
+            for steps in STEPS_OF_START:
+                times = times_of(steps, tau)
+                generator = torch.Generator().manual_seed(seed)
+                x = start_of(kind, prompts, times[0], generator)
+                with torch.no_grad():
+                    x = run_from(net, x, words, times, "ddpm", generator=generator)[-1]
+                shares = shares_right(x.clamp(-1, 1), words)
+                found[f"{kind}, {tau}, {steps}"] = shares["whole"]
     return found
+
+
+def start_of(kind, prompts, t, generator, each=10) -> Tensor:
+    """x_t (N, 3, 16, 16) to start from, each times for each prompt.
+
+    A Gaussian has the moments of 500 true scenes, of any kind or of the prompt: no model of this
+    project knows these.
+    """
+    if kind == "noise":
+        return torch.randn(each * len(prompts), 3, toy.SIZE, toy.SIZE, generator=generator)
+    if kind == "the world's Gaussian":
+        scenes, _ = toy.sample_scenes(500, generator)
+        return gaussian_start(scenes, t, each * len(prompts), generator)
+    parts = []
+    for prompt in prompts:
+        scenes = scenes_of(prompt, 500, generator)
+        parts.append(gaussian_start(scenes, t, each, generator))
+    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +350,7 @@ MASK_WEIGHT = 0.05  # of their sum, beside the error of the image
 
 
 def gated(model) -> dict[str, nn.Module]:
-    """The convolutions whose input channels are ranked: those with a kernel, but first and last."""
+    """The convolutions larger than 1x1, but the first and the last: their inputs are ranked."""
     found = {}
     for name, layer in model.named_modules():
         is_conv = isinstance(layer, (QuantConv2d, nn.Conv2d))
@@ -303,10 +367,11 @@ def close_gates(model, gates):
 
 
 def by_gradient(model, seed, steps) -> dict[str, Tensor]:
-    """|dL/dd| of each input channel, summed over batches: what its loss would cost, to first order.
+    """|dL/dd| of each input channel, over batches: Taylor importance (Molchanov et al. 2017).
 
-    dL/dd of a channel is the sum over its positions. That is Taylor importance (Molchanov et al.
-    2017), and quantized fine-tuning computes it anyway.
+    Quantized fine-tuning computes dL/dd anyway; a channel's is the sum over its positions, and the
+    gradient of its gate. At tuned scales its mean is near zero. Then this ranks its spread over
+    batches of 16, as Fisher information does.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {name: 0 for name in gated(model)}
@@ -315,8 +380,7 @@ def by_gradient(model, seed, steps) -> dict[str, Tensor]:
         t = DIFFUSION.draw_timesteps(16, generator)
         eps = torch.randn(x0.shape, generator=generator)
         model.zero_grad()
-        v = model(DIFFUSION.q_sample(x0, t, eps), t, words)
-        DIFFUSION.squared_error(v, x0, t, eps).mean().backward()
+        squared_error(model, x0, words, t, eps).mean().backward()
         for name, layer in gated(model).items():
             found[name] = found[name] + layer.d_in_0.grad.view(-1, layer.shape[1]).sum(0).abs()
     model.zero_grad()
@@ -324,15 +388,25 @@ def by_gradient(model, seed, steps) -> dict[str, Tensor]:
 
 
 def by_size(model, seed, steps) -> dict[str, Tensor]:
-    """The norm of the weights of each input channel."""
+    """The norm of the weights of each input channel, over the mean of the layer."""
+    found = {}
+    for name, layer in gated(model).items():
+        norm = layer.weight.movedim(1, 0).flatten(1).norm(dim=1)  # (I,)
+        found[name] = norm / norm.mean()
+    return found
+
+
+def at_random(model, seed, steps) -> dict[str, Tensor]:
+    """Any order."""
+    generator = torch.Generator().manual_seed(seed)
     return {
-        name: layer.weight.movedim(1, 0).flatten(1).norm(dim=1)
+        name: torch.rand(layer.shape[1], generator=generator)
         for name, layer in gated(model).items()
     }
 
 
 def by_masks(model, seed, steps) -> dict[str, Tensor]:
-    """Masks trained on the image after ten DDIM steps: it should stay as it is, and they small."""
+    """Masks trained on the image after ten DDIM steps: it should stay, and they should be small."""
     net = merge(model).requires_grad_(False)
     masks = {}
     for name, layer in gated(net).items():
@@ -342,7 +416,7 @@ def by_masks(model, seed, steps) -> dict[str, Tensor]:
         )
     optimizer = torch.optim.Adam(masks.values(), lr=MASK_LR)
     generator = torch.Generator().manual_seed(seed)
-    times = torch.linspace(DIFFUSION.T - 1, 0, 10).round().long().tolist()
+    times = times_of(10)
     plain = merge(model)
     for _ in tqdm(range(steps), "masks"):
         _, words = toy.sample_scenes(16, generator)
@@ -354,10 +428,11 @@ def by_masks(model, seed, steps) -> dict[str, Tensor]:
         optimizer.zero_grad()
         ((image - target).square().mean() + MASK_WEIGHT * small).backward()
         optimizer.step()
-    return {name: mask.detach().abs() for name, mask in masks.items()}
+    return {name: mask.detach() for name, mask in masks.items()}  # below 0: of no use for long
 
 
 RANKINGS = {
+    "chance": (at_random, 0),
     "|dL/dd|": (by_gradient, 40),
     "size": (by_size, 0),
     "trained masks": (by_masks, MASK_STEPS),
@@ -387,64 +462,52 @@ def pruning(args):
 
 
 def prune(args, ranking, share, seed):
-    """Take channels out of the recovered world, measure, tune its scales again, and measure."""
-    model = world(args, seed)
+    """Take channels out of the recovered base, measure, tune its scales again, and measure."""
+    model = recovered_base(args, seed)
     if ranking is not None:
         rank, steps = RANKINGS[ranking]
         close_gates(model, gates_of(rank(model, seed, steps // args.steps_divisor), share))
-    before = validation_loss(model)
-    images_before, words = draw_world(args, model, seed)
     name = f"{ranking or 'nothing'}, {share:.0%}"
-    tune(model, name, LR_SCALES, STEPS // args.steps_divisor, seed)
-    images, _ = draw_world(args, model, seed)
-    keep_strip(args, "pruning", name, images)
+    _, words = creatures(200 // args.steps_divisor, seed + 500)
+    before = validation_loss(model)
+    images_before = draw(merge(model), words, times_of(40), seed + 500, "ddpm")
+    # with other images than those that the base was recovered on
+    tune_on_world(model, name, LR_SCALES, STEPS // args.steps_divisor, seed + 1000, rare=0)
+    images = draw(merge(model), words, times_of(40), seed + 500, "ddpm")
+    keep_strip(args, "pruning", name, seed, images)
     return {
         "left": multiplications(model),
         "before": before,
-        "whole before": rate(images_before, words)["whole"],
+        "whole before": shares_right(images_before, words)["whole"],
         "after": validation_loss(model),
-        "whole": rate(images, words)["whole"],
+        "whole": shares_right(images, words)["whole"],
     }
 
 
 def gates_of(ranks: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     """Gates (I,) of each layer: 0 for this share of all channels, those of the lowest ranks."""
     everything = torch.cat(list(ranks.values()))
-    limit = everything.sort().values[round(share * len(everything))]
-    return {name: (rank >= limit).float() for name, rank in ranks.items()}
+    gates = torch.ones(len(everything))
+    gates[everything.argsort(stable=True)[: round(share * len(everything))]] = 0
+    sizes = [len(rank) for rank in ranks.values()]
+    return dict(zip(ranks, gates.split(sizes)))
 
 
 def multiplications(model) -> float:
     """Which share of the multiplications of the gated convolutions is left."""
-    pixels = {}
-    hooks = []
-    for name, layer in gated(model).items():
-        hooks.append(
-            layer.register_forward_hook(
-                lambda layer, _, y, name=name: pixels.update({name: y[0, 0].numel()})
-            )
-        )
+    counts = []  # (those left, all) of each layer
+
+    def count(layer, _, y):
+        of_column = layer.shape[0] * y[0, 0].numel()
+        counts.append((layer.s_in.count_nonzero() * of_column, layer.s_in.numel() * of_column))
+
+    hooks = [layer.register_forward_hook(count) for layer in gated(model).values()]
     words = torch.zeros(1, toy.SLOTS, dtype=torch.long)
     model(torch.zeros(1, 3, toy.SIZE, toy.SIZE), torch.zeros(1, dtype=torch.long), words)
     for hook in hooks:
         hook.remove()
-    left = total = 0
-    for name, layer in gated(model).items():
-        columns = layer.s_in.count_nonzero().item() * layer.shape[0] * pixels[name]
-        left += columns
-        total += layer.s_in.numel() * layer.shape[0] * pixels[name]
-    return left / total
-
-
-def draw_world(args, model, seed):
-    """Creatures that a model draws in 40 steps (N, 3, 16, 16), and their captions (N, L)."""
-    n = 200 // args.steps_divisor
-    words = torch.tensor([toy.caption(prompt) for prompt in creature_prompts(n, seed)])
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 3, toy.SIZE, toy.SIZE, generator=generator)
-    with torch.no_grad():
-        images = run_from(merge(model), x, words, TEACHER_TIMES, "ddpm", generator=generator)[-1]
-    return images.clamp(-1, 1), words
+    left, total = torch.tensor(counts, dtype=torch.float64).sum(0)
+    return (left / total).item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,24 +516,18 @@ def draw_world(args, model, seed):
 # arXiv 2311.05556)
 # --------------------------------------------------------------------------------------------------
 
-TEACHER_TIMES = torch.linspace(DIFFUSION.T - 1, 0, 40).round().long().tolist()
-TEACHER_CFG = 3.0
+TEACHER_STEPS = 40
 LR_FEW = 0.01
-
-
-def every(k) -> list[int]:
-    """The k timesteps of a student with k steps: each 40 / k-th of the teacher's."""
-    return TEACHER_TIMES[:: 40 // k]
 
 
 def trajectories(net, n, seed):
     """The teacher's x at 8 parts of its path, and its image (9, n, 3, 16, 16); the captions."""
     generator = torch.Generator().manual_seed(seed)
-    _, words = toy.sample_scenes(n, generator)
+    _, words = toy.sample_scenes(n, generator, rare=0)  # rare words are left to subjects
     x = torch.randn(n, 3, toy.SIZE, toy.SIZE, generator=generator)
     with torch.no_grad():
-        path = run_from(net, x, words, TEACHER_TIMES, cfg_scale=TEACHER_CFG)
-    return torch.stack(path[:: 40 // 8]), words
+        path = run_from(net, x, words, times_of(TEACHER_STEPS))
+    return torch.stack(path[:: TEACHER_STEPS // 8]), words
 
 
 def leap(x, x_next, times, part) -> Tensor:
@@ -488,23 +545,27 @@ def leap(x, x_next, times, part) -> Tensor:
 
 
 def distilled(args, k, num_buckets, seed) -> dict:
-    """The adapter with which k steps without guidance end where 40 guided steps of the world do."""
+    """The adapter with which k steps without guidance end where 40 guided steps do."""
 
     def make():
+        teacher = recovered_base(args, seed)
         model = quantize(load_model(BASE), 4, num_buckets, DIFFUSION.T)
-        start_from(model, recovered(args, RECOVERY, seed))
-        distill(model, args, k, seed)
+        of_teacher = deltas(teacher)
+        with torch.no_grad():
+            for name, delta in deltas(model).items():
+                delta.copy_(of_teacher[f"{name.rsplit('_', 1)[0]}_0"])
+        distill(model, merge(teacher), args, k, seed)
         return model
 
     return adapter_in_file(args, f"{k} steps, {num_buckets} sets, {seed}", make)
 
 
-def distill(model, args, k, seed):
-    """Train the deltas of model, which is the world, to leap over 40 / k steps at once."""
+def distill(model, teacher, args, k, seed):
+    """Train the deltas of model to leap over 40 / k steps of the teacher at once."""
     n = max(64, 1024 // args.steps_divisor)
-    states, words = trajectories(merge(model), n, seed)
+    states, words = trajectories(teacher, n, seed)
     states = states[:: 8 // k]  # (k + 1, n, 3, 16, 16)
-    times = torch.tensor(every(k))
+    times = torch.tensor(times_of(TEACHER_STEPS)[:: TEACHER_STEPS // k])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     steps = 2 * STEPS // args.steps_divisor
@@ -519,96 +580,98 @@ def distill(model, args, k, seed):
         optimizer.step()
 
 
-@torch.no_grad()
-def start_from(model, saved):
-    """Give each scale set of a model the deltas of an adapter that has one."""
-    one = quantize(load_model(BASE), 4)
-    load_adapter(one, saved)
-    of_one = deltas(one)
-    for name, delta in deltas(model).items():
-        delta.copy_(of_one[f"{name.rsplit('_', 1)[0]}_0"])
+class Way(NamedTuple):
+    """A way to sample."""
+
+    k: int  # steps
+    cfg_scale: float  # the scale of guidance; with 1 a step is one pass of the network, else two
+    scales: str  # which are added to a subject's: none, recovered or distilled
+    sets: int = 1
 
 
-def draw(net, words, k, cfg_scale, seed) -> Tensor:
-    """DDIM images (N, 3, 16, 16) in k steps."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(words), 3, toy.SIZE, toy.SIZE, generator=generator)
-    with torch.no_grad():
-        return run_from(net, x, words, every(k), cfg_scale=cfg_scale)[-1].clamp(-1, 1)
+def ways() -> dict[str, Way]:
+    """The ways that are compared, by name."""
+    found = {}
+    for k in (TEACHER_STEPS, 8, 4):
+        found[f"plain, {k} steps"] = Way(k, 3.0, "recovered")
+    for k in (8, 4):
+        found[f"plain, {k} steps without guidance"] = Way(k, 1.0, "recovered")
+        found[f"distilled, {k} steps"] = Way(k, 1.0, "distilled")
+        found[f"distilled, {k} steps, a set for each"] = Way(k, 1.0, "distilled", sets=k)
+    return found
+
+
+def scales_of(args, way, seed) -> dict:
+    """The adapter of a way's scales."""
+    if way.scales == "recovered":
+        return recovered(args, RECOVERY, seed)
+    return distilled(args, way.k, way.sets, seed)
 
 
 def few(args):
     """Can scales alone learn to sample in few steps, and does that add to a subject?"""
-    columns = ["sampling", "steps", "guidance", "right", "whole", "runs"]
-    names = {"plain, 40": ("plain", "40", "3")}
-    for k in (8, 4):
-        names[f"plain, {k}"] = ("plain", str(k), "3")
-        names[f"plain, {k}, without guidance"] = ("plain", str(k), "1")
-        names[f"distilled, {k}"] = ("distilled, one scale set", str(k), "1")
-        names[f"distilled, {k}, {k} sets"] = (f"distilled, {k} scale sets", str(k), "1")
-    for seed in range(args.seeds):
-        few_steps(args, names, seed)
     rows = []
-    for name, cells in names.items():
+    for name, way in ways().items():
+        do(args, "few", name, partial(few_steps, args, name, way))
         runs = done(args, "few", name)
         if runs:
-            rows.append([*cells, *cells_of(runs, RATED), str(len(runs))])
+            passes = str(way.k * (1 if way.cfg_scale == 1 else 2))
+            digits = {"right": 2, "whole": 2}
+            rows.append([name, passes, *cells_of(runs, digits), str(len(runs))])
+    columns = ["sampling", "passes of the network", "right", "whole", "runs"]
     show(args, "few steps", columns, rows)
-    few_steps_of_subjects(args, names)
+    few_steps_of_subjects(args)
 
 
-def few_steps(args, names, seed):
-    """Rate the world's creatures for each way to sample."""
-    n = 200 // args.steps_divisor
-    words = torch.tensor([toy.caption(prompt) for prompt in creature_prompts(n, seed)])
-    for name, (_, k, cfg_scale) in names.items():
-        key = {"neighbour": "few", "name": name, "seed": seed}
-        if not is_due(args, name, key):
-            continue
-        k = int(k)
-        model = world(args, seed)
-        if not name.startswith("plain"):
-            sets = k if "sets" in name else 1
-            model = quantize(load_model(BASE), 4, sets, DIFFUSION.T)
-            load_adapter(model, distilled(args, k, sets, seed))
-        images = draw(model, words, k, float(cfg_scale), seed)
-        keep_strip(args, "few", name, images)
-        append(args.log, key, rate(images, words))
+def few_steps(args, name, way, seed):
+    """Which shares of creatures are right if they are drawn in this way?"""
+    model = quantize(load_model(BASE), 4, way.sets, DIFFUSION.T)
+    load_adapter(model, scales_of(args, way, seed))
+    _, words = creatures(200 // args.steps_divisor, seed + 500)
+    images = draw(
+        model,
+        words,
+        times_of(TEACHER_STEPS)[:: TEACHER_STEPS // way.k],
+        seed + 500,
+        cfg_scale=way.cfg_scale,
+    )
+    keep_strip(args, "few", name, seed, images)
+    return shares_right(images, words)
 
 
-def few_steps_of_subjects(args, names):
+def few_steps_of_subjects(args):
     """Add what makes sampling short to what makes a subject: parts right, and whole subjects."""
-    ways = {"plain, 40": (40, False)}
-    for k in (8, 4):
-        ways[f"plain, {k}"] = (k, False)
-        ways[f"added, {k}"] = (k, True)
+    of_subjects = {}
+    for k in (TEACHER_STEPS, 8, 4):
+        of_subjects[f"the subject's alone, {k} steps"] = Way(k, 3.0, "none")
+    for name, way in ways().items():
+        if way.sets == 1:
+            of_subjects[f"the subject's and {name}"] = way
 
-    def job(k, is_added, subject, seed):
+    def job(name, way, subject, seed):
         model, run, folders = fine_tuned(args, SHORT[POSITION], subject, seed)
-        if is_added:
-            load_adapter(model, adapter(model), distilled(args, k, 1, seed))
-        word, folder = next(iter(folders.items()))
+        if way.scales != "none":
+            load_adapter(model, adapter(model), scales_of(args, way, seed))
+        ((word, folder),) = folders.items()
         words = torch.tensor(train.captions_of(train.prompts_of(word)))
-        cfg_scale = 1 if is_added else TEACHER_CFG
-        images = draw(model, words, k, cfg_scale, seed)
-        way = "added" if is_added else "plain"
-        keep_strip(args, "few", f"{subject}, {way}, {k}", images[:: train.IMAGES_PER_PROMPT])
+        times = times_of(TEACHER_STEPS)[:: TEACHER_STEPS // way.k]
+        images = draw(merge(model), words, times, seed + 500, cfg_scale=way.cfg_scale)
+        if subject == toy.TABLE[0]:
+            keep_strip(args, "few", name, seed, images[:: train.IMAGES_PER_PROMPT])
         scores = score(images, words, toy.read_parts(folder), toy.WORD[word])
         return {key: scores[key].mean().item() for key in ("parts", "identity", "prompt")}
 
-    jobs = {f"few steps: {name}": partial(job, *way) for name, way in ways.items()}
-    run_all(args, jobs, toy.TABLE)
     rows = []
-    for name, (k, is_added) in ways.items():
-        runs = list(runs_of(args, f"few steps: {name}", toy.TABLE).values())
+    for name, way in of_subjects.items():
+        run_all(args, {f"few: {name}": partial(job, name, way)}, toy.TABLE)
+        runs = list(runs_of(args, f"few: {name}", toy.TABLE).values())
         if runs:
-            way = "the subject's and the distilled adapter" if is_added else "the subject's adapter"
+            passes = str(way.k * (1 if way.cfg_scale == 1 else 2))
             digits = {"parts": 2, "identity": 2, "prompt": 2}
-            guidance = "1" if is_added else "3"
-            rows.append([way, str(k), guidance, *cells_of(runs, digits), str(len(runs))])
-    columns = ["scales", "steps", "guidance", "parts right", "whole subject", "prompt right"]
+            rows.append([name, passes, *cells_of(runs, digits), str(len(runs))])
+    columns = ["scales", "passes of the network", "parts right", "whole subject", "prompt right"]
     show(args, "few steps, subjects", [*columns, "runs"], rows)
-    page_of(args, "few", [*names, *[f"{toy.TABLE[0]}, {name}" for name in ways]])
+    page_of(args, "few", [*ways(), *of_subjects])
 
 
 PARTS = {"stages": stages, "start": start, "pruning": pruning, "few": few}

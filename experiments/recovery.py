@@ -53,6 +53,7 @@ class Recovery:
     steps: int = STEPS
     scenes: int = 0  # how many there are to train on; 0: each step has new ones
     young: bool = False  # from a base that was pretrained for a fifth of the steps
+    rare: float = 0.3  # how many creatures have a rare word; 0 leaves these words to subjects
 
     @property
     def start(self) -> str:
@@ -71,6 +72,8 @@ class Recovery:
             name += f", {self.scenes} scenes"
         if self.young:
             name += ", young base"
+        if self.rare != 0.3:
+            name += f", rare {self.rare:g}"
         return name
 
 
@@ -151,25 +154,28 @@ def recover(setting: Recovery, seed: int, steps_divisor: int = 1) -> dict:
     """
     model, lr = prepare(setting, seed)
     before = validation_loss(model)
-    fixed = None
-    if setting.scenes:
-        fixed = toy.sample_scenes(setting.scenes, torch.Generator().manual_seed(1000 + seed))
-    tune(model, setting.name, lr, setting.steps // steps_divisor, seed, fixed)
     found = {
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "before": before,
-        "after": validation_loss(model),
     }
+    fixed = None
+    if setting.scenes:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        fixed = toy.sample_scenes(setting.scenes, generator, setting.rare)
+        found["on its scenes before"] = loss_on(model, *fixed)
+    steps = setting.steps // steps_divisor
+    tune_on_world(model, setting.name, lr, steps, seed, fixed, rare=setting.rare)
+    found["after"] = validation_loss(model)
     if fixed:
         found["on its scenes"] = loss_on(model, *fixed)
     return found
 
 
-def tune(model, name, lr, steps, seed, fixed=None, diffusion=DIFFUSION):
+def tune_on_world(model, name, lr, steps, seed, fixed=None, diffusion=DIFFUSION, rare=0.3):
     """Train what requires a gradient, on 64 scenes a step, at a rate that falls from lr to zero.
 
     fixed: images and captions to draw from; by default all scenes are new. diffusion: which draws
-    the timesteps. name: of the bar.
+    the timesteps. rare: how many creatures have a rare word. name: of the bar.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +186,7 @@ def tune(model, name, lr, steps, seed, fixed=None, diffusion=DIFFUSION):
             pick = torch.randint(len(fixed[0]), (64,), generator=generator)
             x0, words = (tensor[pick] for tensor in fixed)
         else:
-            x0, words = toy.sample_scenes(64, generator)
+            x0, words = toy.sample_scenes(64, generator, rare)
         t = diffusion.draw_timesteps(64, generator)
         eps = torch.randn(x0.shape, generator=generator)
         optimizer.zero_grad()
@@ -202,7 +208,8 @@ def recovered(args, setting: Recovery, seed: int) -> dict:
 
     def make():
         model, lr = prepare(setting, seed)
-        tune(model, setting.name, lr, setting.steps // args.steps_divisor, seed)
+        steps = setting.steps // args.steps_divisor
+        tune_on_world(model, setting.name, lr, steps, seed, rare=setting.rare)
         return model
 
     return adapter_in_file(args, f"{setting.name}, {seed}", make)

@@ -167,9 +167,10 @@ SCORES = {
     "both identity": "whole, two in one image",
     "prompt": "prompt right",
     "red parts": "in other creatures",
-    "world loss": "loss on the world",
+    "world loss": "loss on the world, rare words too",
+    "known loss": "loss on the world",  # without rare words, which a subject takes
 }
-DIGITS = {"world loss": 4}  # after the decimal point; 2 for the others
+DIGITS = {"world loss": 4, "known loss": 4}  # after the decimal point; 2 for the others
 
 # What two subjects in one image show: shares of the creatures, then numbers of parts.
 SHOWN = {
@@ -192,6 +193,8 @@ def score_columns(found):
     for key in SCORES:
         if all(key in run for run in all_runs):
             columns.append(key)
+    if "known loss" in columns:
+        columns.remove("world loss")  # nobody needs both
     return columns
 
 

@@ -324,17 +324,20 @@ def fine_tuned(args, row: Row, subject: str, seed: int, start: dict | None = Non
         images, captions = [torch.cat(tensors) for tensors in zip(*of_subjects)]
         if row.side_by_side:
             images, captions = with_pairs(images, captions)
-        train.finetune(model, images, captions, run, resumed(run))
+        unsaid = {}  # what flags don't say
+        if row.edges is not None or row.change is not None or start is not None:
+            unsaid["base"] = [model.state_dict(), row.edges]
+        train.finetune(model, images, captions, run, resumed(run, unsaid))
     return model, run, folders
 
 
-def resumed(run) -> Run:
+def resumed(run, inputs) -> Run:
     """A Run that goes on from the state in its folder, or starts if there is none that fits."""
     run.resume = True
     with contextlib.suppress(ValueError):
-        return Run(run, "fine-tuning")
-    run.resume = False  # the state is of other flags
-    return Run(run, "fine-tuning")
+        return Run(run, "fine-tuning", inputs)
+    run.resume = False  # the state is of other flags or inputs
+    return Run(run, "fine-tuning", inputs)
 
 
 def with_pairs(images: Tensor, captions: Tensor, share: float = 0.6) -> tuple[Tensor, Tensor]:
@@ -376,13 +379,16 @@ def scores_of(model, run, folders) -> dict:
     if run.steps > 0:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parts = {word: toy.read_parts(folder) for word, folder in folders.items()}
-    of_subject = {*trained, *deltas(model)}  # even deltas that aren't trained aren't the base's
-    rest = {name: value for name, value in model.state_dict().items() if name not in of_subject}
+    # even deltas that aren't trained aren't the base's
+    of_subject = {id(p) for p in (*trained.values(), *deltas(model).values())}
+    state = model.state_dict(keep_vars=True)
+    rest = {name: value.detach() for name, value in state.items() if id(value) not in of_subject}
     return {
         "trained": sum(p.numel() for p in trained.values()),
         "bytes": subject_bytes(model, trained),
         **measure(model, parts, run),
         "world loss": validation_loss(model),
+        "known loss": validation_loss(model, rare=0),
         "base bytes": file_size(rest),
     }
 
@@ -472,20 +478,27 @@ def what_two_show(images: Tensor, left: Tensor, right: Tensor) -> dict[str, floa
 # --------------------------------------------------------------------------------------------------
 
 
-def fill(args, title, rows, subjects, pairs):
-    """Do what isn't done yet, then show the means of rows and the differences of pairs of rows.
-
-    rows: {name in the tables: Row}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
-    names of rows, the second of which is subtracted from the first.
-    """
+def fill(args, title, rows, subjects, pairs=()):
+    """Fill a table of rows, as fill_by does. rows: {name in the table: Row}."""
     jobs = {}
-    for row in rows.values():
-        if not row.last_commit:
-            jobs[row.name] = partial(tune, args, row)
-        elif is_asked_for(args, row.name):
-            print(row.why_not_run(), file=sys.stderr)
-    run_all(args, jobs, subjects)
-    found = {name: runs_of(args, row.name, subjects) for name, row in rows.items()}
+    for name, row in rows.items():
+        jobs[name] = (row.name, partial(tune, args, row))
+        if row.last_commit:
+            jobs[name] = (row.name, None)
+            if is_asked_for(args, row.name):
+                print(row.why_not_run(), file=sys.stderr)
+    fill_by(args, title, jobs, subjects, pairs)
+
+
+def fill_by(args, title, jobs, subjects, pairs=()):
+    """Do what isn't done yet, then show the means of runs and the differences of pairs.
+
+    jobs: {name in the table: (name in the log, a function of subject and seed that returns what the
+    log says of a run, or None)}. subjects: what to tune to, such as "bix" or "bix+fen". pairs:
+    names in the table, the second of which is subtracted from the first.
+    """
+    run_all(args, {in_log: job for in_log, job in jobs.values() if job is not None}, subjects)
+    found = {name: runs_of(args, in_log, subjects) for name, (in_log, _) in jobs.items()}
     show_means(args, title, found)
     if pairs:
         show_differences(args, f"{title}: differences", found, pairs)
@@ -529,9 +542,13 @@ def losses(model, x0, words, t, generator) -> Tensor:
     return torch.cat(found)
 
 
-def validation_loss(model, n=1024, seed=12345, diffusion=DIFFUSION) -> float:
-    """Mean squared error of v on n fixed scenes of the world, timesteps and noises."""
+def validation_loss(model, n=1024, seed=12345, diffusion=DIFFUSION, rare=0.3) -> float:
+    """Mean squared error of v on n fixed scenes of the world, timesteps and noises.
+
+    rare: how many of the creatures have a rare word. To a model that knows a subject, such a
+    creature isn't any creature any more; with rare = 0 that doesn't count as forgetting.
+    """
     generator = torch.Generator().manual_seed(seed)
-    x0, words = toy.sample_scenes(n, generator)
+    x0, words = toy.sample_scenes(n, generator, rare)
     t = diffusion.draw_timesteps(n, generator)
     return losses(model, x0, words, t, generator).mean().item()

@@ -92,7 +92,7 @@ def defaults(args):
 
 def rates(args):
     """Choose the rates of full precision and LoRA, on subjects that no other table reports."""
-    fill(args, "rates", RATES, toy.TUNING, [])
+    fill(args, "rates", RATES, toy.TUNING)
 
 
 def one_subject(args):

@@ -34,13 +34,14 @@ def test_subjects_that_are_added_have_the_sum_of_their_deltas(small_base, tmp_pa
 
     def scores_of(model, run, folders):
         found.update(model=model, folders=folders)
-        return {}
+        return {"trained": 10, "bytes": 100}
 
     monkeypatch.setattr(claims, "scores_of", scores_of)
     args = Namespace(log=tmp_path / "runs.jsonl", steps_divisor=1)
-    claims.add(args, "bix+fen", 0)
-    apart = [runs.fine_tuned(args, row, name, 0) for row, name in ((short, "bix"), (second, "fen"))]
-    a, b = [adapter(model)["deltas"].float() for model, _, _ in apart]
+    assert claims.add(args, "bix+fen", 0) == {"trained": 20, "bytes": 200}
+    first, _, _ = runs.fine_tuned(args, short, "bix", 0)
+    other, _, _ = runs.fine_tuned(args, second, "fen", 100)
+    a, b = [adapter(model)["deltas"].float() for model in (first, other)]
     assert a.any() and b.any() and not torch.equal(a, b)
     total = torch.cat([delta.detach() for delta in deltas(found["model"]).values()])
     torch.testing.assert_close(total, a + b, rtol=0, atol=1e-6)
@@ -54,7 +55,9 @@ def test_a_recovered_base_is_made_once(small_base, tmp_path, monkeypatch):
     args = Namespace(log=tmp_path / "runs.jsonl", steps_divisor=1)
     setting = Recovery(4, "minmax", "by position, N = 1", steps=2)
     first = recovery.recovered(args, setting, 0)["deltas"]
-    monkeypatch.setattr(recovery, "tune", lambda *_: pytest.fail("it was tuned again"))
+    monkeypatch.setattr(
+        recovery, "tune_on_world", lambda *_, **__: pytest.fail("it was tuned again")
+    )
     assert torch.equal(recovery.recovered(args, setting, 0)["deltas"], first)
     assert first.any()
 
@@ -77,7 +80,7 @@ def test_a_table_has_its_rows(name, small_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "STEPS", 40)
     monkeypatch.setattr(runs.train, "IMAGES_PER_PROMPT", 1)
     for module in (recovery, runs, claims):
-        monkeypatch.setattr(module, "validation_loss", lambda model: 0.0)
+        monkeypatch.setattr(module, "validation_loss", lambda model, **_: 0.0)
     monkeypatch.setattr(claims, "KEPT", {"one": (0,), "two": (0, 1)})
     monkeypatch.setattr(claims, "SCALE_SETS", claims.SCALE_SETS[:2])
     monkeypatch.setattr(claims, "STEPS_TRIED", (100,))

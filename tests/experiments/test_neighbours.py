@@ -35,7 +35,7 @@ def batch(n=6):
 
 
 def test_a_shared_set_is_one_parameter_with_the_sum_of_the_gradients(model):
-    apart = quantize(model, edges=neighbours.STAGE_EDGES)
+    apart = quantize(model, edges=neighbours.STAGES)
     shared = copy.deepcopy(apart)
     neighbours.share_encoder(shared)
     for net in (apart, shared):
@@ -81,7 +81,7 @@ def test_scenes_of_a_prompt_show_what_it_says():
     prompt = "red creature on blue checks"
     scenes = neighbours.scenes_of(prompt, 50, generator)
     words = torch.tensor([toy.caption(prompt)] * 50)
-    assert neighbours.rate(scenes, words) == {"right": 1, "whole": 1}
+    assert neighbours.shares_right(scenes, words) == {"right": 1, "whole": 1}
     assert len(scenes.flatten(1).unique(dim=0)) > 30
 
 
@@ -117,6 +117,8 @@ def test_the_lowest_ranks_of_all_layers_are_taken_out():
     gates = neighbours.gates_of(ranks, 2 / 7)
     assert gates["a"].tolist() == [1, 0, 1]
     assert gates["b"].tolist() == [0, 1, 1, 1]
+    ties = neighbours.gates_of({"a": torch.tensor([0.0, 0.0, 0.0, 1.0])}, 0.25)
+    assert ties["a"].sum() == 3
 
 
 def test_ranks_by_gradient_are_those_of_gates(model):
@@ -166,7 +168,7 @@ def test_a_part_has_its_rows(part, small_base, tmp_path, monkeypatch, capsys):
     for module in (recovery, claims, neighbours):
         monkeypatch.setattr(module, "STEPS", 40)
     for module in (recovery, runs, claims, neighbours):
-        monkeypatch.setattr(module, "validation_loss", lambda model: 0.0)
+        monkeypatch.setattr(module, "validation_loss", lambda model, **_: 0.0)
     monkeypatch.setattr(neighbours, "TAUS", (0.5, 1.0))
     monkeypatch.setattr(neighbours, "STEPS_OF_START", (2, 4))
     monkeypatch.setattr(neighbours, "SHARES", (0.2,))
