@@ -152,7 +152,7 @@ def rows_of_500_steps() -> dict[str, Row]:
         Row("paper's columns, N = 2, 4 bits", flags="--buckets 2"),
         Row("by position, N = 1, 4 bits", columns="position"),
         Row("by position, N = 2, 4 bits", columns="position", flags="--buckets 2"),
-        Row("LoRA r = 1, 4 bits", columns="position", flags="--lr 0.012", lora=1),
+        Row("LoRA r = 1, 4 bits", columns="position", flags="--lr 0.024", lora=1),
         Row("LoRA r = 2, 4 bits", columns="position", flags="--lr 0.012", lora=2),
         Row("by position, N = 1, 2 bits", 2, columns="position"),
         Row("LoRA r = 2, 2 bits", 2, columns="position", flags="--lr 0.012", lora=2),
