@@ -359,18 +359,12 @@ FIGURES = {
 
 
 def main():
-    parser = Parser(__doc__.split("\n")[0])
-    names_help = f"{', '.join(FIGURES)} (default: all)"
-    parser.add_argument("names", nargs="*", metavar="FIGURE", help=names_help)
-    args = parse_with_log(parser)
-    for name in args.names:
-        if name not in FIGURES:
-            parser.error(f"there is no figure {name!r}; choose from {', '.join(FIGURES)}")
+    args = parse_with_log(Parser(__doc__.split("\n")[0]), FIGURES)
     folder = Path(__file__).resolve().parent / "figures"
     if args.quick:
         folder = Path("out") / args.log.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for name in args.names or FIGURES:
+    for name in args.names:
         draw = FIGURES[name]
         path = folder / f"{name}.png"
         figure = draw(args)

@@ -41,7 +41,7 @@ from quant import (
     quantize,
 )
 from recovery import LR_SCALES, STEPS, adapter_in_file, prepare, recovered, tune_on_world
-from report import append, by_seed, is_due, mean_sd, parse_with_log, runs_of, show
+from report import append, by_seed, is_due, make_tables, mean_sd, runs_of, show
 from runs import (
     DIFFUSION,
     SHORT,
@@ -55,7 +55,7 @@ from runs import (
 )
 from sample import BASE, SAMPLERS, load_model, predict
 from support.files import save
-from support.flags import Parser, guard, number
+from support.flags import guard
 
 # --------------------------------------------------------------------------------------------------
 # What the parts share
@@ -678,24 +678,7 @@ PARTS = {"stages": stages, "start": start, "pruning": pruning, "few": few}
 
 
 def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="+", metavar="NAME", help=", ".join(PARTS))
-    subjects_help = "those to run now (default: all)"
-    parser.add_argument("--subjects", nargs="+", choices=toy.TABLE, help=subjects_help)
-    rows_help = "patterns of the rows to run now"
-    parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
-    seeds_help = "how many seeds to run now, from 0"
-    parser.add_argument("--seeds", type=number(1, 1000), default=1, help=seeds_help)
-    write_help = "put each table where experiments/RESULTS.md has its mark, too"
-    parser.add_argument("--write", action="store_true", help=write_help)
-    args = parse_with_log(parser)
-    for name in args.parts:
-        if name not in PARTS:
-            parser.error(f"there is no part {name!r}; choose from {', '.join(PARTS)}")
-    if args.subjects is None:
-        args.subjects = toy.TABLE[:1] if args.quick else toy.TABLE
-    for name in args.parts:
-        PARTS[name](args)
+    make_tables(__doc__, PARTS, toy.TABLE)
 
 
 if __name__ == "__main__":

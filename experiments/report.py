@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from support.files import save
+from support.flags import Parser, number
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "experiments" / "RESULTS.md"]
@@ -37,13 +38,13 @@ def lines(log: Path, **key) -> list[dict]:
         return []
     found = []
     whole, _ = whole_lines(log)
-    for number, text in enumerate(whole.splitlines(), 1):
+    for place, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
         if not isinstance(line, dict):
-            raise ValueError(f"{log}, line {number} isn't the line of a run; correct or remove it")
+            raise ValueError(f"{log}, line {place} isn't the line of a run; correct or remove it")
         if key.items() <= line.items():
             found.append(line)
     return found
@@ -93,22 +94,55 @@ def is_due(args, name, key):
     return is_asked_for(args, name) and not lines(args.log, **key)
 
 
-def parse_with_log(parser):
-    """Add --log and --quick to a parser, parse, and fill in what follows from the two."""
+def parse_with_log(parser, names):
+    """Add what to make, --log and --quick to a parser, parse, and fill in what follows.
+
+    names: of the tables or figures there are.
+    """
+    names_help = f"{', '.join(names)} (default: all, in this order)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names_help)
     log_help = "the file of finished runs (default: out/runs.jsonl, or out/quick.jsonl)"
     parser.add_argument("--log", type=Path, help=log_help)
     quick_help = "a twentieth of the steps and of some images, few subjects, a log of its own"
     parser.add_argument("--quick", action="store_true", help=quick_help)
     args = parser.parse_args()
+    for name in args.names:  # choices would refuse to be given none
+        if name not in names:
+            parser.error(f"there is no {name!r}; choose from {', '.join(names)}")
     if args.quick and args.log:
         parser.error(
             "--quick makes numbers that mean nothing, for a log of its own; leave out --log"
         )
+    args.names = args.names or list(names)
     args.steps_divisor = 20 if args.quick else 1  # what steps are divided by
     if args.log is None:
         args.log = Path("out", "quick.jsonl" if args.quick else "runs.jsonl")
     args.log.parent.mkdir(parents=True, exist_ok=True)
     return args
+
+
+def make_tables(doc, tables, subjects):
+    """The whole of a script that makes tables: flags, then each table that is named.
+
+    doc: the script's docstring. tables: {name: a function of the flags}. subjects: that there are;
+    --quick takes the first and the last two.
+    """
+    parser = Parser(doc.split("\n")[0])
+    subjects_help = "those to run now (default: all)"
+    parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
+    rows_help = "patterns of the rows to run now"
+    parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
+    seeds_help = "how many seeds to run now, from 0"
+    parser.add_argument("--seeds", type=number(1, 1000), default=1, help=seeds_help)
+    write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
+    parser.add_argument("--write", action="store_true", help=write_help)
+    args = parse_with_log(parser, tables)
+    if args.quick and args.write:
+        parser.error("--quick makes numbers that mean nothing; leave out --write")
+    if args.subjects is None:
+        args.subjects = [subjects[0], *subjects[-2:]] if args.quick else subjects
+    for name in args.names:
+        tables[name](args)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from report import (
     is_asked_for,
     is_due,
     lines,
+    make_tables,
     mean_sd,
-    parse_with_log,
     runs_of,
     show,
 )
@@ -55,7 +55,7 @@ from runs import (
     validation_loss,
 )
 from sample import BASE, load_model
-from support.flags import Parser, guard, number
+from support.flags import guard
 
 PAIRS = [  # what is compared in the README's table: the second is subtracted from the first
     ("by position, N = 1, 4 bits", "full precision"),
@@ -330,28 +330,7 @@ TABLES = {
 
 
 def main():
-    parser = Parser(__doc__.split("\n")[0])
-    tables_help = f"{', '.join(TABLES)} (default: all, in this order)"
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=tables_help)
-    subjects = toy.TABLE + toy.TUNING
-    subjects_help = "those to run now (default: all)"
-    parser.add_argument("--subjects", nargs="+", choices=subjects, help=subjects_help)
-    rows_help = "patterns of the rows to run now"
-    parser.add_argument("--rows", nargs="+", default=["*"], help=rows_help)
-    seeds_help = "how many seeds to run now, from 0"
-    parser.add_argument("--seeds", type=number(1, 1000), default=1, help=seeds_help)
-    write_help = "put each table where README.md or experiments/RESULTS.md has its mark, too"
-    parser.add_argument("--write", action="store_true", help=write_help)
-    args = parse_with_log(parser)
-    for name in args.tables:  # choices would refuse to be given none
-        if name not in TABLES:
-            parser.error(f"there is no table {name!r}; choose from {', '.join(TABLES)}")
-    if args.quick and args.write:
-        parser.error("--quick makes numbers that mean nothing; leave out --write")
-    if args.subjects is None:
-        args.subjects = toy.TABLE[:2] + toy.TUNING if args.quick else subjects
-    for name in args.tables or TABLES:
-        TABLES[name](args)
+    make_tables(__doc__, TABLES, toy.TABLE + toy.TUNING)
 
 
 if __name__ == "__main__":
