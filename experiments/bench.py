@@ -12,6 +12,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -297,11 +298,14 @@ def in_process(target, *args):
 def speed(args):
     """The tables of each size."""
     for size in args.sizes:
-        models = {method: build(method, size, args.device) for method in METHODS}
+        models = {}
+        for method in METHODS:
+            if any(fnmatch(method, pattern) for pattern in args.methods):
+                models[method] = build(method, size, args.device)
         for n in args.batches:
             training(models, size, n, args)
-        if args.compile:
-            continue  # the rest isn't compiled
+        if args.compile or len(models) < len(METHODS):
+            continue  # the rest isn't compiled, and is of no method
         base = build("full fine-tuning", size, args.device)
         quantized = {}
         for n_bits in (8, 4, 3, 2):
@@ -461,6 +465,8 @@ def main():
     parser.add_argument(
         "--batches", nargs="+", type=int, choices=range(1, 1025), metavar="N", default=[1, 16, 64]
     )
+    methods_help = "patterns of the methods to time; full fine-tuning, the yardstick, must be there"
+    parser.add_argument("--methods", nargs="+", default=["*"], help=methods_help)
     rounds_help = "steps of each method that are timed, in turn"
     parser.add_argument("--rounds", type=number(1, 1000), default=5, help=rounds_help)
     compile_help = "every method under torch.compile (minutes for each)"
