@@ -11,7 +11,8 @@ output channel, has a scale and a zero point, and each column i has a scale:
 In a convolution with K kernel positions, a column is one of two things:
 
     columns="position"    an input channel at one position of the kernel: the default
-    columns="channel"     an input channel, all K positions of it: the paper's choice
+    columns="channel"     an input channel, all K positions of it: the paper's choice; then W[o, i]
+                          stands for the K weights of a kernel
 
 The paper's scales leave each kernel its shape, whatever they do, which limits what they can learn.
 In a linear layer and with K = 1 the two are the same.
@@ -28,7 +29,8 @@ zero at the start and stand in an exponent:
 
 One learning rate then means the same in every layer, deltas of zero are the base model, and no
 scale can reach zero. With y = W x + bias, g = dL/dy and gx = dL/dx = W^T g, the gradients of the
-deltas come in one of two ways, both exact. Where a column is a channel (ChannelMatmul):
+deltas come in one of two ways, both exact. Where a column is a channel, or s_out alone trains
+(ChannelMatmul):
 
     dL/dd_out[o] = sum over samples and pixels of g[o] * (y[o] - bias[o])
     dL/dd_in[i]  = sum over samples and pixels of gx[i] * x[i]
@@ -51,7 +53,7 @@ What a layer does in a step, and keeps for backward:
     ChannelMatmul      W x, W^T g         x if d_in trains, y if d_out trains
     PositionMatmul     W x, W^T g, dW     x
 
-The float W lives for one matmul, and backward builds it again.
+The float W isn't kept: backward builds it again.
 
 If all samples of a batch share a bucket, W has the deltas of that bucket, as above. If not,
 ChannelMatmul builds W without deltas, and the exp(d_in) and exp(d_out) of each sample's bucket
@@ -60,9 +62,9 @@ activations: PositionMatmul has a W and a convolution for each bucket. A bucket 
 the batch has no gradient (None, not zeros), so the optimizer skips it and leaves its momentum
 alone.
 
-The chapters: buckets, bits, the batch, the layer, the swap, what you carry away. calibrate.py finds
-the codes and the scales to start from, gptq.py the same with data, and support/checks.py says what
-is refused.
+calibrate.py finds the codes and the scales to start from, gptq.py the same with data, and
+support/checks.py says what is refused. Letters of shapes: N samples, B buckets in a batch, G groups
+of a convolution, O output and I input channels (of a group where there is a G), K positions.
 """
 
 import contextlib
@@ -364,7 +366,7 @@ class PositionMatmul(torch.autograd.Function):
         for b, mine in enumerate(ctx.samples):
             w = layer.dequantize(d_out[b], d_in[b], g.dtype)        # (O, I, *kernel), built again
             gx_b, gw = layer.grads(g[mine], x[mine], w, train_x)
-            m = layer.as_groups(w.to(d_out.dtype) * gw)             # (G, O, K, I), M above
+            m = layer.as_groups(w.to(d_out.dtype) * gw)             # (G, O, K, I): W * dL/dW
             gx.append(gx_b)                                         # (N_b, I, H, W)
             grad_out.append(m.sum((2, 3)).flatten())                # (G * O,)
             grad_in.append(m.sum(1).flatten())                      # (G * K * I,)
@@ -732,7 +734,8 @@ def quantize(
 
     # All layers are made before the model is changed: an error leaves it as it was.
     if calibration == "gptq":
-        # gptq tries each layer in the model, and takes it out; deltas are zero: any bucket will do
+        # gptq tries each layer in the model and takes it out again; any bucket will do, because
+        # deltas are zero
         with set_batch(Batch([0], None)):
             quantized = quantize_with_data(model, layers, build, data)
     else:
