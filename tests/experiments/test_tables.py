@@ -179,8 +179,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
         readme: spoil(
             shipped[readme],
             "one subject, in short",
-            "| TuneQDM, N = 1, 2 bits | 15,878 |",
-            "| TuneQDM, N = 1, 2 bits | 1 |",
+            "| LoRA r = 1, 4 bits | 33,054 |",
+            "| LoRA r = 1, 4 bits | 1 |",
         ),
         results: spoil(
             shipped[results],
@@ -215,6 +215,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
         (
             "experiments/RESULTS.md",
             [
+                "one subject, in short: differences",
+                "rates",
                 "one subject",
                 "2 subjects",
                 "3 subjects",
