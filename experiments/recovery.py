@@ -210,17 +210,17 @@ def recovered(args, setting: Recovery, seed: int) -> dict:
         model, lr = prepare(setting, seed)
         steps = setting.steps // args.steps_divisor
         tune_on_world(model, setting.name, lr, steps, seed, rare=setting.rare)
-        return model
+        return adapter(model)
 
-    return adapter_in_file(args, f"{setting.name}, {seed}", make)
+    return kept_in_file(args, "adapter", f"{setting.name}, {seed}", make)
 
 
-def adapter_in_file(args, name, make) -> dict:
-    """The adapter of the model that make returns. It stays in a file, for the next who asks."""
-    path = Path("out") / args.log.stem / "adapters" / f"{name}.pt"
+def kept_in_file(args, kind, name, make) -> dict:
+    """The dict that make returns. It stays in a file, out/LOG/KIND/NAME.pt, for who asks next."""
+    path = Path("out") / args.log.stem / kind / f"{name}.pt"
     if not path.exists():
-        save({"kind": "adapter", **adapter(make())}, path)
-    return load(path, "adapter")
+        save({"kind": kind, **make()}, path)
+    return load(path, kind)
 
 
 def recover_all(args, settings):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import spread
+from torch.utils.flop_counter import FlopCounterMode
 
 import claims
 import neighbours
@@ -86,30 +87,46 @@ def test_scenes_of_a_prompt_show_what_it_says():
 
 
 def test_a_gate_of_zero_removes_the_channel_exactly(model):
-    plain = copy.deepcopy(model)
     quantized = spread(quantize(model, 8))
     name = "down.0.0.conv2"
-    gates = {key: torch.ones(layer.shape[1]) for key, layer in neighbours.gated(quantized).items()}
-    gates[name][[2, 5]] = 0
+    gates = {}
+    for key, layer in neighbours.gated(quantized).items():
+        gates[key, "in"] = torch.ones(layer.shape[1])
+        gates[key, "out"] = torch.ones(layer.shape[0])
+    gates[name, "in"][[2, 5]] = 0
+    gates[name, "out"][3] = 0
     layer = quantized.get_submodule(name)
     weight = layer.weight.detach()
     neighbours.close_gates(quantized, gates)
 
-    # the reference: a smaller convolution without the two channels
-    kept = [i for i in range(weight.shape[1]) if i not in (2, 5)]
+    # the reference: a smaller convolution without these channels; of an output, the bias stays
+    inputs = [i for i in range(weight.shape[1]) if i not in (2, 5)]
+    outputs = [o for o in range(weight.shape[0]) if o != 3]
     x = torch.randn(2, weight.shape[1], 8, 8)
-    expected = F.conv2d(x[:, kept], weight[:, kept], layer.bias, padding=1)
-    torch.testing.assert_close(layer(x), expected)
-    x[:, [2, 5]] += 1000
-    assert torch.equal(layer(x), layer(x * gates[name].view(-1, 1, 1)))
-    left = neighbours.multiplications(quantized)
-    assert 0.9 < left < 1
+    small = F.conv2d(x[:, inputs], weight[outputs][:, inputs], layer.bias[outputs], padding=1)
+    y = layer(x)
+    torch.testing.assert_close(y[:, outputs], small)
+    assert torch.equal(y[:, 3], layer.bias[3].expand_as(y[:, 3]))
+    other = x.clone()
+    other[:, [2, 5]] += 1000
+    assert torch.equal(layer(other), y)
+
+    # what is left, by torch's own count
+    with FlopCounterMode(display=False) as counter:
+        merge(quantized)(*batch())
+    flops = {key: counter.get_flop_counts()[f"UNet.{key}"] for key in neighbours.gated(quantized)}
+    flops = {key: sum(of_layer.values()) for key, of_layer in flops.items()}
+    taken = 1 - len(inputs) * len(outputs) / (weight.shape[0] * weight.shape[1])
+    left = 1 - taken * flops[name] / sum(flops.values())
+    assert neighbours.multiplications(quantized) == pytest.approx(left)
 
     # tuning doesn't bring them back
     with torch.no_grad():
         layer.d_in_0.fill_(5)
-    assert not merge(quantized).get_submodule(name).weight[:, [2, 5]].any()
-    assert plain.get_submodule(name).weight[:, [2, 5]].any()
+        layer.d_out_0.fill_(5)
+    tuned = merge(quantized).get_submodule(name).weight
+    assert not tuned[:, [2, 5]].any()
+    assert not tuned[3].any()
 
 
 def test_the_lowest_ranks_of_all_layers_are_taken_out():
@@ -125,23 +142,39 @@ def test_ranks_by_gradient_are_those_of_gates(model):
     quantized = quantize(model, 8)
     ranks = neighbours.by_gradient(quantized, seed=0, steps=1)
 
-    # the reference: gates of one at the inputs of the same float model, under autograd
+    # the reference: masks of one in the same float model, under autograd
     net = merge(quantized)
-    gates = {}
-    for name, layer in neighbours.gated(net).items():
-        gates[name] = torch.ones(layer.in_channels, requires_grad=True)
-        layer.register_forward_pre_hook(
-            lambda _, inputs, name=name: inputs[0] * gates[name][:, None, None]
-        )
+    masks = neighbours.with_masks(net)
     generator = torch.Generator().manual_seed(0)
     diffusion = Diffusion()
-    x0, words = toy.sample_scenes(16, generator)
+    x0, words = toy.sample_scenes(16, generator, rare=0)
     t = diffusion.draw_timesteps(16, generator)
     eps = torch.randn(x0.shape, generator=generator)
     v = net(diffusion.q_sample(x0, t, eps), t, words)
     diffusion.squared_error(v, x0, t, eps).mean().backward()
-    for name, gate in gates.items():
-        torch.testing.assert_close(ranks[name], gate.grad.abs(), rtol=1e-3, atol=1e-6)
+    assert ranks.keys() == masks.keys()
+    for key, mask in masks.items():
+        torch.testing.assert_close(ranks[key], mask.grad.abs(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_mask_is_what_a_gate_is(model):
+    quantized = spread(quantize(model, 8))
+    net = merge(quantized)
+    masks = neighbours.with_masks(net)
+    gates = neighbours.gates_of(neighbours.at_random(quantized, 0, 0), 0.2)
+    for key, mask in masks.items():
+        mask.data.copy_(gates[key])
+    neighbours.close_gates(quantized, gates)
+    torch.testing.assert_close(net(*batch_of_seed()), quantized(*batch_of_seed()))
+
+
+def test_each_step_has_a_set_of_its_own():
+    for k in (8, 4):
+        way = neighbours.ways()[f"distilled, {k} steps, a set for each"]
+        assert len(way.times) == k
+        buckets = torch.bucketize(torch.tensor(way.times), torch.tensor(way.edges[1:]), right=True)
+        assert buckets.tolist() == list(range(k))[::-1]
+    assert neighbours.ways()["distilled, 8 steps"].edges is None
 
 
 def test_the_v_of_a_leap_ends_where_it_should():

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 from conftest import ROOT, run
 
+import neighbours
 import recovery
 import report
 import runs
@@ -202,7 +203,8 @@ def test_what_ships_is_printed_and_written_and_nothing_is_run(tmp_path, monkeypa
     for write in ([], ["--write"]):
         for document, text in wrong.items():
             assert document.read_text(encoding="utf-8") == text
-        assert run(tables, "--log", LOG, "--rows", "none", *write) == 0
+        for script in (tables, neighbours):
+            assert run(script, "--log", LOG, "--rows", "none", *write) == 0
     for document, text in shipped.items():  # so the documents say what was measured
         assert document.read_text(encoding="utf-8") == text
     assert "| TuneQDM, N = 2, 2 bits | 31,756 | 65,385 |" in capsys.readouterr().out
