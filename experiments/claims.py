@@ -216,22 +216,24 @@ def adding(args):
         pairs.append((f"{method}, side by side", method))
     for name in (POSITION, f"{POSITION}, side by side"):
         pairs.append((name, "full precision"))
-    pairs += [("apart and added", POSITION), ("apart and added", "full precision")]
+    pairs += [("apart and added", POSITION), ("apart and added, times 0.8", "apart and added")]
 
     jobs = {name: (row.name, partial(tune, args, row)) for name, row in TOGETHER.items()}
-    jobs["apart and added"] = (f"{POSITION}, apart and added, 500 steps each", partial(add, args))
+    for name, strength in (("apart and added", 1), ("apart and added, times 0.8", 0.8)):
+        jobs[name] = (f"{POSITION}, {name}, 500 steps each", partial(add, args, strength))
     fill_by(args, "two subjects, together and added", jobs, PAIRS, pairs)
 
 
-def add(args, subjects, seed):
+def add(args, strength, subjects, seed):
     """Tune to two subjects apart, each with a word of its own, and add: what the log says of it.
 
-    The second has another seed: with the same class images, what both drift by would add up.
+    strength: what the sum of the deltas is multiplied by. The second has another seed: with the
+    same class images, what both drift by would add up.
     """
     first, second = subjects.split("+")
     model, run, folders = fine_tuned(args, SHORT[POSITION], first, seed)
     other, _, folders_of_other = fine_tuned(args, SECOND, second, seed + 100)
-    load_adapter(model, adapter(model), adapter(other))
+    load_adapter(model, adapter(model), adapter(other), strength=strength)
     found = scores_of(model, run, {**folders, **folders_of_other})
     return {**found, "trained": 2 * found["trained"], "bytes": 2 * found["bytes"]}
 

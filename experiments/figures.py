@@ -325,9 +325,12 @@ def draw_strength(args):
         images, _ = train.evaluate(model, None, run)  # without scores
         columns.append(images[:: train.IMAGES_PER_PROMPT][:4])
     strips = torch.stack(columns, dim=1).flatten(0, 1)  # a row for each prompt
-    below.imshow(toy.tile(strips, len(claims.STRENGTHS)))
+    grid = toy.tile(strips, len(columns))
+    below.imshow(grid)
     hide_ticks(below)
-    below.set_xlabel("   ".join(f"x {strength}" for strength in claims.STRENGTHS))
+    centers = [(i + 0.5) * grid.width / len(columns) for i in range(len(columns))]
+    below.set_xticks(centers, [f"x {strength}" for strength in claims.STRENGTHS])
+    below.tick_params(length=0)
     return figure
 
 

@@ -38,13 +38,13 @@ def test_subjects_that_are_added_have_the_sum_of_their_deltas(small_base, tmp_pa
 
     monkeypatch.setattr(claims, "scores_of", scores_of)
     args = Namespace(log=tmp_path / "runs.jsonl", steps_divisor=1)
-    assert claims.add(args, "bix+fen", 0) == {"trained": 20, "bytes": 200}
+    assert claims.add(args, 0.5, "bix+fen", 0) == {"trained": 20, "bytes": 200}
     first, _, _ = runs.fine_tuned(args, short, "bix", 0)
     other, _, _ = runs.fine_tuned(args, second, "fen", 100)
     a, b = [adapter(model)["deltas"].float() for model in (first, other)]
     assert a.any() and b.any() and not torch.equal(a, b)
     total = torch.cat([delta.detach() for delta in deltas(found["model"]).values()])
-    torch.testing.assert_close(total, a + b, rtol=0, atol=1e-6)
+    torch.testing.assert_close(total, (a + b) / 2, rtol=0, atol=1e-6)
     assert {word: folder.name for word, folder in found["folders"].items()} == {
         "sks": "bix",
         "zwx": "fen",
