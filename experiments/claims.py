@@ -3,6 +3,10 @@
 The paper's claims need a set of training scenes that is small enough to overfit, a base that has
 not converged, scales that act at some timesteps only, and scores against steps. Deltas stand in an
 exponent, so adapters can be added and scaled, and one can start from another.
+
+Some tables are of subjects (runs.py), some of recovery (recovery.py): there, scales are tuned on
+scenes of the world, for STEPS steps, to win back what quantization lost. A table of subjects has
+jobs, which make the runs of its rows, and pairs of rows, whose differences it shows.
 """
 
 from dataclasses import replace
@@ -97,8 +101,8 @@ def young_base(args):
             cells = [method, str(setting.steps)]
             for key in ("before", "after"):
                 cells.append(mean_sd([run[key] for run in runs.values()], 5))
-            floor = next(iter(floats.values()))["before"]  # the loss of the float base
-            cells.append(mean_sd([run["after"] - floor for run in runs.values()], 5))
+            of_base = next(iter(floats.values()))["before"]
+            cells.append(mean_sd([run["after"] - of_base for run in runs.values()], 5))
             rows.append([*cells, difference(runs, floats), str(len(runs))])
     columns = ["method", "steps", "before", "tuned", "minus the float base"]
     show(args, "a young base", [*columns, "minus full precision, tuned", "runs"], rows)
@@ -108,13 +112,13 @@ def young_base(args):
 # Scales at some timesteps only
 # --------------------------------------------------------------------------------------------------
 
-KEPT = {  # which of three scale sets, 0 at low t, are kept after tuning; the others are the base's
+KEPT = {  # which of three scale sets are kept after tuning; the others are the base's
     "no timesteps": (),
-    "the first third": (0,),
-    "the middle third": (1,),
-    "the last third": (2,),
-    "the first two thirds": (0, 1),
-    "the last two thirds": (1, 2),
+    "low t": (0,),
+    "middle t": (1,),
+    "high t": (2,),
+    "low and middle t": (0, 1),
+    "middle and high t": (1, 2),
     "all timesteps": (0, 1, 2),
 }
 RECOVERY_OF_THIRDS = Recovery(4, "rowcol", "by position, N = 3")
@@ -147,7 +151,7 @@ def thirds_of_recovery(args):
     rows = []
     for name, kept in KEPT.items():
         if len(kept) == 2:
-            continue  # losses add up
+            continue  # what two sets gain is the sum of what each gains
         log_name = f"{RECOVERY_OF_THIRDS.name}, {name}"
         for seed in range(args.seeds):
             key = {"recovery": log_name, "seed": seed}
@@ -175,7 +179,7 @@ def keep_buckets(model, kept):
 # Scores against steps
 # --------------------------------------------------------------------------------------------------
 
-METHODS_BY_STEPS = {  # rows of 500 steps
+METHODS_BY_STEPS = {  # rows of 500 steps; full precision at three learning rates
     **{name: row for name, row in RATES.items() if row.bits == 32},
     **{name: SHORT[name] for name in ("paper's columns, N = 1, 4 bits", POSITION)},
     "LoRA r = 2, 4 bits": SHORT["LoRA r = 2, 4 bits"],
@@ -183,14 +187,14 @@ METHODS_BY_STEPS = {  # rows of 500 steps
 STEPS_TRIED = (100, 200, 500, 1000, 2000)
 
 
-def after(row: Row, steps: int) -> Row:
+def with_steps(row: Row, steps: int) -> Row:
     """A row of 500 steps with another number of steps."""
     return named(row, row.name.replace("500 steps", f"{steps} steps"), f"--steps {steps}")
 
 
 def by_steps(args):
-    """Who needs fewer steps, who forgets more of the world on the way?"""
-    rows = [after(row, steps) for row in METHODS_BY_STEPS.values() for steps in STEPS_TRIED]
+    """Which method needs fewer steps, which forgets more of the world on the way?"""
+    rows = [with_steps(row, steps) for row in METHODS_BY_STEPS.values() for steps in STEPS_TRIED]
     fill(args, "scores against steps", by_name(rows), toy.TUNING)
 
 
@@ -228,7 +232,7 @@ def add(args, strength, subjects, seed):
     """Tune to two subjects apart, each with a word of its own, and add: what the log says of it.
 
     strength: what the sum of the deltas is multiplied by. The second has another seed: with the
-    same class images, what both drift by would add up.
+    same class images both would drift alike, and that would add up.
     """
     first, second = subjects.split("+")
     model, run, folders = fine_tuned(args, SHORT[POSITION], first, seed)
@@ -247,7 +251,7 @@ def on_recovery(args):
     on_top = replace(row, name=f"{POSITION}, recovered first, 500 steps")
 
     def tune_on_top(subject, seed):
-        return tune(args, on_top, subject, seed, recovered(args, RECOVERY, seed))
+        return tune(args, on_top, subject, seed, start=recovered(args, RECOVERY, seed))
 
     def add_recovery(subject, seed):
         model, run, folders = fine_tuned(args, row, subject, seed)

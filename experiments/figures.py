@@ -287,7 +287,7 @@ def draw_steps(args):
     for method, row in claims.METHODS_BY_STEPS.items():
         lines = {}  # the runs after each number of steps
         for steps in claims.STEPS_TRIED:
-            runs = runs_of(args, claims.after(row, steps).name, toy.TUNING)
+            runs = runs_of(args, claims.with_steps(row, steps).name, toy.TUNING)
             if runs:
                 lines[steps] = list(runs.values())
         for axis, key in zip(axes, scores):

@@ -1,7 +1,7 @@
 """The paper's neighbours in miniature, each by scales alone: python experiments/neighbours.py NAME
 
     stages     scale sets for three stages of time, in the decoder alone
-    start      sampling from t = tau T, which starts from a Gaussian
+    start      sampling that starts at t = tau T, from a Gaussian
     pruning    channels ranked, taken out and made up for
     few        forty guided steps distilled into eight and into four
 
@@ -78,7 +78,7 @@ def done(args, part, name) -> list[dict]:
 
 
 def cells_of(runs, digits: dict[str, int]) -> list[str]:
-    """The means of some values over runs. digits: {a key of the log: digits after the point}."""
+    """Means ± deviations over runs. digits: {a key of the log: digits after the point}."""
     return [mean_sd([run[key] for run in runs], n) for key, n in digits.items()]
 
 
@@ -98,7 +98,7 @@ def creatures(n, seed, each=1) -> tuple[list[str], Tensor]:
 
 
 def shares_right(images, words) -> dict[str, float]:
-    """Which shares of images (N, 3, 16, 16) of captions words (N, L) are right.
+    """The shares of images (N, 3, 16, 16) of captions words (N, L) that are right.
 
     right: all that the caption says is there. whole: and it is a scene of the world, pixel by
     pixel.
@@ -109,7 +109,7 @@ def shares_right(images, words) -> dict[str, float]:
 
 
 def times_of(steps, tau=1.0) -> list[int]:
-    """The timesteps visited by so many steps from t = tau T: the last step ends at an image."""
+    """The timesteps visited by so many steps from t = tau T - 1: the last ends at an image."""
     times = torch.linspace(tau * DIFFUSION.T - 1, 0, steps + 1).round().long()
     return times[:-1].tolist()
 
@@ -173,9 +173,10 @@ def page_of(args, part, names):
 # shared encoder." (Zhang et al. 2023, arXiv 2312.09181)
 # --------------------------------------------------------------------------------------------------
 
-STAGES = (0, 442, 631, 1000)  # 0 .. 0.442 .. 0.631 .. 1
-# Time is another where the schedule is: in a VP SDE with beta from 0.1 to 20, abar is 0.137 and
-# 0.018 at these two. Under this project's cosine schedule, that is at
+# Here a stage has scale sets of its own, in the decoder or everywhere, in the place of a decoder.
+STAGES = (0, 442, 631, 1000)
+# The same t means other noise under another schedule: in a VP SDE with beta from 0.1 to 20, abar is
+# 0.137 and 0.018 at these two. Under this project's cosine schedule, that is at
 STAGES_BY_NOISE = (0, 756, 913, 1000)
 
 
@@ -217,6 +218,7 @@ def stages(args):
     columns = ["scale sets", "trained", "validation loss", "minus one set", "runs"]
     show(args, "stages, recovery", columns, table)
 
+    # two of the rows are in claims.py, too
     in_log = {"one set": one.name, "thirds, sets everywhere": f"{THREE_SETS.name}, all timesteps"}
     jobs = {}
     for name, row in rows.items():
@@ -247,6 +249,7 @@ def recover_stages(args, row, seed):
 # 2022, arXiv 2206.05173)
 # --------------------------------------------------------------------------------------------------
 
+# Here the auxiliary model is a Gaussian, and the bridge is left out.
 TAUS = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 STEPS_OF_START = (5, 10, 20, 40)
 STARTS = ("noise", "the prompt's Gaussian")
@@ -270,7 +273,7 @@ def scenes_of(prompt, n, generator) -> Tensor:
 def gaussian_start(scenes, t, n, generator) -> Tensor:
     """x_t (n, 3, 16, 16) of a normal x0 with the mean and the covariance of scenes (M, 3, 16, 16).
 
-    A covariance of 768 x 768 pixels isn't needed: normal combinations of the scenes' differences
+    A matrix of 768 x 768 covariances isn't needed: normal combinations of the scenes' differences
     from their mean have it.
     """
     mean = scenes.mean(0)
@@ -304,10 +307,11 @@ def start_late(args, tuned_tau, seed):
     tuned_tau: scales are tuned on t < tuned_tau T alone, and only the prompt's Gaussian at this tau
     is tried.
     """
-    model = recovered_base(args, seed)
-    taus = TAUS
-    starts = STARTS
-    if tuned_tau is not None:
+    if tuned_tau is None:
+        model = recovered_base(args, seed)
+        taus = TAUS
+        starts = STARTS
+    else:
         model, lr = prepare(RECOVERY, seed)
         part = PartOfTime(0, tuned_tau)
         steps = STEPS // args.steps_divisor
@@ -315,13 +319,14 @@ def start_late(args, tuned_tau, seed):
         taus = (tuned_tau,)
         starts = STARTS[-1:]
     net = merge(model)
-    prompts, words = creatures(max(1, 20 // args.steps_divisor), seed + 500, each=10)
+    each = 10  # images of each prompt
+    prompts, words = creatures(max(1, 20 // args.steps_divisor), seed + 500, each)
     found = {}
     for kind in starts:
         for tau in taus:
             for steps in STEPS_OF_START:
                 times = times_of(steps, tau)
-                x = start_of(kind, prompts, times[0], torch.Generator().manual_seed(seed))
+                x = start_of(kind, prompts, each, times[0], seed)
                 generator = torch.Generator().manual_seed(seed + 1)
                 with torch.no_grad():
                     x = run_from(net, x, words, times, "ddpm", generator=generator)[-1]
@@ -331,12 +336,13 @@ def start_late(args, tuned_tau, seed):
     return found
 
 
-def start_of(kind, prompts, t, generator, each=10) -> Tensor:
-    """x_t (N, 3, 16, 16) to start from, each times for each prompt.
+def start_of(kind, prompts, each, t, seed) -> Tensor:
+    """x_t (N, 3, 16, 16) to start from, so many for each prompt.
 
-    A Gaussian has the moments of 500 true scenes of the prompt: no model of this project knows
-    these.
+    The Gaussian has the moments of 500 true scenes of the prompt: an oracle, which no model of this
+    project provides.
     """
+    generator = torch.Generator().manual_seed(seed)
     if kind == "noise":
         return torch.randn(each * len(prompts), 3, toy.SIZE, toy.SIZE, generator=generator)
     parts = []
@@ -355,8 +361,8 @@ def start_of(kind, prompts, t, generator, each=10) -> Tensor:
 SHARES = (0.1, 0.2, 0.3)  # of the channels of the convolutions, inputs and outputs
 MASK_STEPS = 60  # of training masks
 MASK_LR = 0.02
-MASK_WEIGHT = 0.05  # of their sum, beside the error of the image
-Ranks = dict[tuple[str, str], Tensor]  # {(a layer's name, "in"): (I,), (its name, "out"): (O,)}
+MASK_WEIGHT = 0.05  # of their mean, beside the error of the image
+PerChannel = dict[tuple[str, str], Tensor]  # {(a layer, "in"): (I,), (a layer, "out"): (O,)}
 
 
 def gated(model) -> dict[str, nn.Module]:
@@ -370,14 +376,14 @@ def gated(model) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def close_gates(model, gates: Ranks):
+def close_gates(model, gates: PerChannel):
     """Multiply the scales of each channel by its gate, 0 or 1. The bias of an output stays."""
     for name, layer in gated(model).items():
         layer.s_in.view(-1, layer.shape[1]).mul_(gates[name, "in"])  # (K, I)
         layer.s_out.mul_(gates[name, "out"])
 
 
-def by_gradient(model, seed, steps) -> Ranks:
+def by_gradient(model, seed, steps) -> PerChannel:
     """|dL/dd| of each channel, over batches: Taylor importance (Molchanov et al. 2017).
 
     Quantized fine-tuning computes dL/dd anyway; an input's is the sum over its positions, and the
@@ -399,7 +405,7 @@ def by_gradient(model, seed, steps) -> Ranks:
     return dict(found)
 
 
-def by_size(model, seed, steps) -> Ranks:
+def by_size(model, seed, steps) -> PerChannel:
     """The norm of the weights of each channel, over the mean of the layer."""
     found = {}
     for name, layer in gated(model).items():
@@ -409,8 +415,8 @@ def by_size(model, seed, steps) -> Ranks:
     return found
 
 
-def at_random(model, seed, steps) -> Ranks:
-    """Any order."""
+def at_random(model, seed, steps) -> PerChannel:
+    """Random ranks."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, layer in gated(model).items():
@@ -419,7 +425,7 @@ def at_random(model, seed, steps) -> Ranks:
     return found
 
 
-def with_masks(net) -> Ranks:
+def with_masks(net) -> PerChannel:
     """Give the channels of a merged model masks of one, where a gate would be, and return them."""
     masks = {}
 
@@ -438,7 +444,7 @@ def with_masks(net) -> Ranks:
     return masks
 
 
-def by_masks(model, seed, steps) -> Ranks:
+def by_masks(model, seed, steps) -> PerChannel:
     """Masks trained on the image after ten DDIM steps: it should stay, and they should be small."""
     plain = merge(model)
     net = merge(model).requires_grad_(False)
@@ -456,7 +462,7 @@ def by_masks(model, seed, steps) -> Ranks:
         optimizer.zero_grad()
         ((image - target).square().mean() + MASK_WEIGHT * small).backward()
         optimizer.step()
-    return {key: mask.detach() for key, mask in masks.items()}  # below 0: of no use for long
+    return {key: mask.detach() for key, mask in masks.items()}  # negative: closed long ago
 
 
 RANKINGS = {
@@ -509,7 +515,7 @@ def prune(args, ranking, share, seed):
     }
 
 
-def ranks_of(args, ranking, model, seed) -> Ranks:
+def ranks_of(args, ranking, model, seed) -> PerChannel:
     """The ranks of the recovered base's channels, the same for every share."""
 
     def make():
@@ -519,7 +525,7 @@ def ranks_of(args, ranking, model, seed) -> Ranks:
     return kept_in_file(args, "ranks", f"{ranking.replace('/', ' over ')}, {seed}", make)["ranks"]
 
 
-def gates_of(ranks: Ranks, share: float) -> Ranks:
+def gates_of(ranks: PerChannel, share: float) -> PerChannel:
     """The channels' gates: 0 for this share of all channels, those of the lowest ranks."""
     everything = torch.cat(list(ranks.values()))
     gates = torch.ones(len(everything))
@@ -561,7 +567,7 @@ class Way(NamedTuple):
 
     k: int  # steps
     cfg_scale: float  # the scale of guidance; with 1 a step is one pass of the network, else two
-    scales: str  # which are added to a subject's: none, recovered or distilled
+    scales: str  # none, recovered or distilled; a subject's are added to them
     own_sets: bool = False  # a scale set for each step
 
     @property
@@ -607,13 +613,13 @@ def leap(x, x_next, times, part) -> Tensor:
 
 
 def distilled(args, way, seed) -> dict:
-    """The adapter with which k steps without guidance end where 40 guided steps do."""
+    """The adapter that is trained to end, in k steps without guidance, where 40 guided steps do."""
 
     def make():
         of_teacher = deltas(recovered_base(args, seed))
         model = quantize(load_model(BASE), 4, edges=way.edges)
         with torch.no_grad():
-            for name, delta in deltas(model).items():
+            for name, delta in deltas(model).items():  # every set starts from the teacher's
                 delta.copy_(of_teacher[f"{name.rsplit('_', 1)[0]}_0"])
         distill(model, args, way, seed)
         return adapter(model)
@@ -680,8 +686,8 @@ def few(args):
 def few_steps(args, name, seed):
     """Which shares of creatures are right if they are drawn in this way?
 
-    away: how far a pixel is from that of 40 plain steps from the same noise, root mean square. It
-    runs from -1 to 1.
+    away: how far a pixel, which is in [-1, 1], is from that of 40 plain steps from the same noise,
+    root mean square.
     """
     _, words = creatures(200 // args.steps_divisor, seed + 500)
     images = images_of(args, name, words, seed)
@@ -709,7 +715,7 @@ def few_steps_of_subjects(args):
     for k in (TEACHER_STEPS, 8, 4):
         of_subjects[f"the subject's alone, {k} steps"] = Way(k, 3.0, "none")
     for name, way in ways().items():
-        if not way.own_sets:
+        if not way.own_sets:  # adapters of other sets can't be added
             of_subjects[f"the subject's and {name}"] = way
 
     def job(name, way, subject, seed):
