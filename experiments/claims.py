@@ -4,9 +4,9 @@ The paper's claims need a set of training scenes that is small enough to overfit
 not converged, scales that act at some timesteps only, and scores against steps. Deltas stand in an
 exponent, so adapters can be added and scaled, and one can start from another.
 
-Some tables are of subjects (runs.py), some of recovery (recovery.py): there, scales are tuned on
-scenes of the world, for STEPS steps, to win back what quantization lost. A table of subjects has
-jobs, which make the runs of its rows, and pairs of rows, whose differences it shows.
+Some tables are of subjects (runs.py). Others are of recovery (recovery.py), which tunes scales on
+scenes of the world to win back what quantization lost. A table of subjects has jobs, which make the
+runs of its rows, and pairs of rows, whose differences it shows.
 """
 
 from dataclasses import replace
@@ -231,8 +231,8 @@ def adding(args):
 def add(args, strength, subjects, seed):
     """Tune to two subjects apart, each with a word of its own, and add: what the log says of it.
 
-    strength: what the sum of the deltas is multiplied by. The second has another seed: with the
-    same class images both would drift alike, and that would add up.
+    The second has another seed: with the same class images both would drift alike, and that would
+    add up. strength: what the sum of the deltas is multiplied by.
     """
     first, second = subjects.split("+")
     model, run, folders = fine_tuned(args, SHORT[POSITION], first, seed)

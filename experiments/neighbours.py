@@ -678,8 +678,7 @@ def few(args):
             digits = {"right": 2, "whole": 2, "away": 3}
             rows.append([name, passes, *cells_of(runs, digits), str(len(runs))])
     columns = ["sampling", "passes of the network", "right", "whole", "from 40 steps' images"]
-    columns.append("runs")
-    show(args, "few steps", columns, rows)
+    show(args, "few steps", [*columns, "runs"], rows)
     few_steps_of_subjects(args)
 
 

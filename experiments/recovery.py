@@ -216,7 +216,7 @@ def recovered(args, setting: Recovery, seed: int) -> dict:
 
 
 def kept_in_file(args, kind, name, make) -> dict:
-    """The dict that make returns. It stays in a file, out/LOG/KIND/NAME.pt, for who asks next."""
+    """The dict that make returns. It stays in a file, out/LOG/KIND/NAME.pt, for the next call."""
     path = Path("out") / args.log.stem / kind / f"{name}.pt"
     if not path.exists():
         save({"kind": kind, **make()}, path)
